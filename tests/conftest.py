@@ -1,0 +1,55 @@
+"""Shared by all tests: the repository on the path, and the golden fixtures (format: tests/golden/README.md).
+
+The folder is $GOLDEN, or tests/golden; cases, configurations and weights come from its manifests alone.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+GOLDEN = Path(os.environ.get("GOLDEN", ROOT / "tests" / "golden"))
+torch.set_num_threads(2)
+
+
+def read_fixture(name):
+    """Return (manifest dict, npz archive) of one golden fixture."""
+    return json.loads((GOLDEN / f"{name}.json").read_text()), np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+
+
+def tensor(archive, key):
+    """Return one array of the archive as a torch tensor."""
+    return torch.from_numpy(archive[key])
+
+
+def prescribed(rule, archive=None, key=None):
+    """Return the array that a manifest rule prescribes: stored data, or a scaled standard normal by seed."""
+    if rule["kind"] == "data":
+        return archive["weights/" + key]
+    z = np.random.default_rng(rule["seed"]).standard_normal(rule["shape"]).astype(np.float32)
+    scaled = np.float32(rule["scale"]) * (np.abs(z) if rule["kind"] == "abs_plus" else z)
+    return scaled + np.float32({"normal": 0, "one_plus": 1, "abs_plus": rule.get("offset", 0)}[rule["kind"]])
+
+
+def fill_by_name(module, manifest, table, archive=None, rename=lambda key: key, ignore=()):
+    """Give every tensor of `module` the value that manifest["tensors"][table] prescribes for its name.
+
+    rename: our state-dict key -> key in the manifest; ignore: manifest keys that our module need not have.
+    Raises on a missing key, a key left over, or another shape; 'as_built' tensors are left alone.
+    """
+    todo = dict(manifest["tensors"][table])
+    with torch.no_grad():
+        for key, value in module.state_dict().items():
+            rule = todo.pop(rename(key))
+            if list(value.shape) != rule["shape"]:
+                raise ValueError(f"{key}: shape {list(value.shape)}, expected {rule['shape']}")
+            if rule["kind"] != "as_built":
+                value.copy_(torch.from_numpy(prescribed(rule, archive, rename(key))))
+    left = [key for key, rule in todo.items() if rule["kind"] != "as_built" and key not in ignore]
+    if left:
+        raise KeyError(f"not in the module: {left[:5]} (+{max(len(left) - 5, 0)})")
+    return module

@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1
 exec .venv/bin/python -m pytest -q tests "$@"

@@ -1,0 +1,473 @@
+"""What every script shares: processes, precision, randomness, the guarded optimizer step, EMA, checkpoints, logs.
+
+Conventions
+* One process without a launcher, many under torchrun; `setup()` reads torchrun's variables and nothing else.
+* Randomness is a function of (seed, stream, step, row of the global batch): never of world size or micro-batch.
+* A checkpoint is a plain dict of tensors and plain values, written to a temporary file and renamed.
+"""
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+# processes, devices, precision
+
+@dataclass(frozen=True)
+class Proc:
+    """This process among its peers: rank of world, and the device it computes on."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def add_run_flags(parser, out: str | None = None) -> None:
+    """Add the flags that every script has: device, precision, seed, and where to write."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+                       help="auto: CUDA, else MPS, else CPU")
+    group.add_argument("--dtype", default="auto", choices=tuple(DTYPES),
+                       help="autocast type; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 elsewhere")
+    group.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    if out is not None:
+        group.add_argument("--out", default=out, help="output folder")
+
+
+def setup(device: str = "auto") -> Proc:
+    """Join the process group that torchrun describes (or be rank 0 of 1) and choose the device.
+
+    NCCL on CUDA, gloo elsewhere. Raises ValueError if the device asked for is not there.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in available if available[k]) if device == "auto" else device
+    if not available[kind]:
+        raise ValueError(f"--device {kind}: no such device here; use --device auto or cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return Proc(rank, world, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def print0(*values) -> None:
+    """Print on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*values, flush=True)
+
+
+def cli(main) -> None:
+    """Run a script's main(); a wrong flag, file or folder becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        finish()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Autocast type for `--dtype`. auto: bf16 where the hardware computes in it, fp16 on older CUDA, else fp32."""
+    if DTYPES[name] is not None:
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # On a CPU without bf16 instructions bf16 is emulated and slower than fp32.
+    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Return the autocast context for `dtype`; none for fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def plan_batch(batch_size: int, micro_batch_size: int, world: int) -> tuple[int, int]:
+    """Split the global batch: return (micro_batch_size, accum_steps). micro_batch_size 0 = one per device.
+
+    Raises ValueError if the parts do not fit, with the next size that does.
+    """
+    micro = micro_batch_size or max(batch_size // world, 1)
+    if batch_size % (world * micro):
+        fits = math.ceil(batch_size / (world * micro)) * world * micro
+        raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} processes x micro-batch {micro} = "
+                         f"{world * micro}; try --batch-size {fits}")
+    return micro, batch_size // (world * micro)
+
+
+# randomness
+
+def derive_seed(*key) -> int:
+    """Return a 63-bit seed, a hash of the key (ints and strings): equal on every machine and process."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def noise_for(shape, rows, device, *key) -> Tensor:
+    """Standard normal noise (len(rows), *shape) fp32; row r is a function of (*key, r) alone.
+
+    Drawn on `device` with one generator a row, so CPU and CUDA give different (equally good) numbers.
+    """
+    out, generator = torch.empty(len(rows), *shape, device=device), torch.Generator(device)
+    for i, row in enumerate(rows):
+        generator.manual_seed(derive_seed(*key, int(row)))
+        out[i].normal_(generator=generator)
+    return out
+
+
+def uniform_for(count: int, rows, device, *key) -> Tensor:
+    """Uniform draws in [0, 1), (len(rows), count) fp32; row r is a function of (*key, r) alone."""
+    out, generator = torch.empty(len(rows), count), torch.Generator()
+    for i, row in enumerate(rows):
+        generator.manual_seed(derive_seed(*key, int(row)))
+        out[i].uniform_(generator=generator)
+    return out.to(device, non_blocking=True)
+
+
+# the optimisation step
+
+def saved_bytes(forward) -> int:
+    """Return the bytes that autograd keeps for the backward of `forward()`; works on the meta device too."""
+    seen = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: seen.setdefault(x.untyped_storage()._cdata, (x.untyped_storage().nbytes(), x)) and x,
+            lambda x: x):
+        forward()
+    return sum(size for size, x in seen.values() if not isinstance(x, nn.Parameter))
+
+
+def compile_modules(*modules) -> None:
+    """torch.compile each module in place (names stay as they are); without a compiler stay eager and say so."""
+    torch._dynamo.config.suppress_errors = True
+    for module in modules:
+        if module is not None:
+            module.compile()
+    print0("torch.compile: on; what cannot be compiled runs eagerly")
+
+
+def adamw(params, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW in one fused kernel: faster, and it can skip a step on the device (see `optimizer_step`)."""
+    return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(step: int, lr: float, warmup: int, cooldown: int, num_steps: int) -> float:
+    """lr at `step` (0-based): linear rise over `warmup` steps, constant, linear fall over the last `cooldown`."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    fall = min(1.0, (num_steps - step) / cooldown) if cooldown else 1.0
+    return lr * min(rise, fall)
+
+
+def optimizer_step(optimizer, lr: float, max_norm: float, scaler=None) -> tuple[Tensor, Tensor]:
+    """Clip, step unless the gradient is not finite, and clear; return (gradient norm before clipping, skipped).
+
+    Both are tensors on the device: deciding there, through the fused optimizer's `found_inf`, spares the host
+    a synchronisation in every step. max_norm 0 = no clipping. scaler: GradScaler of fp16 runs, one an optimizer.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(params, max_norm or math.inf)
+    skipped = ~torch.isfinite(norm)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.found_inf = skipped.float()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, fp32; buffers are copied, not averaged.
+
+    The decay warms up, min(decay, (1 + s) / (10 + s)), so that the initialisation is gone after a few hundred
+    steps (at 0.9999 throughout it still weighs 90 % after 1,000).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
+        """Move towards the model after optimizer step `step` (1-based), unless that step was skipped."""
+        names = {k for k, p in model.named_parameters() if p.requires_grad}
+        pairs = [(self.state[k], v) for k, v in model.state_dict().items() if k in names]
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (~skipped).float()
+        average, current = (list(column) for column in zip(*pairs))
+        difference = torch._foreach_sub(current, average)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(average, difference)
+        for key, value in model.state_dict().items():
+            if key not in names:
+                self.state[key].copy_(value)
+
+    def load(self, state: dict) -> None:
+        """Take over a saved average."""
+        for key, value in self.state.items():
+            value.copy_(state[key])
+
+
+# checkpoints
+
+def save_checkpoint(path, state: dict) -> None:
+    """Write `state` (tensors and plain values) so that `path` is either the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, format: str | None = None) -> dict:
+    """Read a checkpoint of ours onto the CPU; `format` names the kind wanted. Raises ValueError if it is not that."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if format is not None and found != format:
+        raise ValueError(f"{path}: this is {found or 'a file without a format'}, wanted {format}")
+    return state
+
+
+def latest_checkpoint(folder, format: str):
+    """Return (path, state) of the newest readable checkpoint in `folder`, or None; a broken one is named."""
+    files = {int(m[1]): p for p in Path(folder).glob("ckpt_*.pt") if (m := re.fullmatch(r"ckpt_(\d+)\.pt", p.name))}
+    for step in sorted(files, reverse=True):
+        try:
+            return files[step], load_checkpoint(files[step], format)
+        except ValueError as error:
+            print0(f"warning: {error}; falling back to the one before")
+    return None
+
+
+def resolve_checkpoint(path) -> str:
+    """Return `path`, or the newest checkpoint in it if it is a folder of them; hf:// names stay as they are."""
+    if str(path).startswith("hf://") or not Path(path).is_dir():
+        return str(path)
+    files = sorted(Path(path).glob("ckpt_*.pt"))
+    if not files:
+        raise FileNotFoundError(f"{path}: no ckpt_*.pt in this folder; train first, or give the file")
+    return str(files[-1])
+
+
+def prune_checkpoints(folder, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of `folder`."""
+    for path in sorted(Path(folder).glob("ckpt_*.pt"))[:-keep]:
+        path.unlink()
+
+
+def state_hash(state: dict) -> str:
+    """sha256 over names, shapes and values of a state dict: the same weights hash alike in any file."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def versions() -> dict:
+    """Return what produced a file: torch, python, git commit (empty outside a checkout)."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                            capture_output=True, text=True)
+    return {"torch": torch.__version__, "python": sys.version.split()[0], "commit": commit.stdout.strip()}
+
+
+def check_same(module: nn.Module) -> None:
+    """Raise RuntimeError if the processes' parameters have drifted apart (compared by their fp64 sum)."""
+    if not dist.is_initialized():
+        return
+    total = sum(p.detach().double().sum() for p in module.parameters())
+    low, high = total.clone(), total.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise RuntimeError(f"parameters differ between processes: sums from {low.item()} to {high.item()}")
+
+
+# logs
+
+class Meter:
+    """Mean of named scalars over steps and processes; they stay on the device until `read`."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, values: dict) -> None:
+        """Add one observation of each name: a scalar tensor, or a float."""
+        for name, value in values.items():
+            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self, device) -> dict:
+        """Return {name: mean over steps and processes} and start anew. The one place that waits for the device."""
+        names = sorted(self.sums)
+        table = torch.stack([torch.stack([self.sums[n].to(device), torch.tensor(self.counts[n], device=device)])
+                             for n in names])
+        if dist.is_initialized():
+            dist.all_reduce(table)
+        self.__init__()
+        return {name: s / n for name, (s, n) in zip(names, table.tolist())}
+
+
+class Log:
+    """log.jsonl (one JSON object a line, units in the key) and, on a terminal or not, a tqdm bar; rank 0 only."""
+
+    def __init__(self, folder, proc: Proc, start: int, num_steps: int, config: dict, tensorboard=False, wandb=None):
+        from tqdm import tqdm
+        self.proc, self.file, self.bar, self.sinks = proc, None, None, []
+        if not proc.main:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(folder) / "log.jsonl", "a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder)
+            self.sinks.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
+        if wandb:
+            import wandb as wandb_package
+            wandb_package.init(project=wandb, config=config, dir=folder)
+            self.sinks.append(lambda step, row: wandb_package.log(row, step=step))
+        self.write({"config": config, "command": " ".join(sys.argv), "device": str(proc.device),
+                    "world": proc.world, **versions()})
+        self.bar = tqdm(total=num_steps, initial=start, desc=Path(folder).name, unit="step", mininterval=2.0)
+
+    def write(self, row: dict) -> None:
+        """Append one row to log.jsonl."""
+        if self.file:
+            row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self.file.write(json.dumps({"time": round(time.time(), 1), **row}) + "\n")
+
+    def step(self, step: int, row: dict | None = None, show=()) -> None:
+        """Advance the bar to `step`; with a row, log it and show the named values on the bar."""
+        if not self.file:
+            return
+        self.bar.update(step - self.bar.n)
+        if row:
+            self.write({"step": step, **row})
+            for sink in self.sinks:
+                sink(step, {k: v for k, v in row.items() if isinstance(v, (int, float))})
+            self.bar.set_postfix_str(", ".join(f"{k} {row[k]:.4g}" for k in show if k in row))
+
+    def close(self) -> None:
+        """Close file and bar."""
+        if self.file:
+            self.bar.close()
+            self.file.close()
+
+
+def progress(steps, proc: Proc, name: str):
+    """Iterate over `steps` with a tqdm bar on rank 0."""
+    from tqdm import tqdm
+    return tqdm(steps, desc=name, disable=not proc.main, mininterval=2.0)
+
+
+class Timer:
+    """Throughput since the last reading: images/s, share of time spent waiting for data, seconds left, memory."""
+
+    def __init__(self, proc: Proc, step: int, num_steps: int):
+        self.proc, self.step, self.num_steps = proc, step, num_steps
+        self.begin, self.waited, self.paused = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def waiting(self):
+        """Time spent inside counts as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    @contextmanager
+    def pausing(self):
+        """Time spent inside (evaluation, saving) does not count."""
+        begin = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - begin
+
+    def read(self, batch_size: int, step: int) -> dict:
+        """Return the figures of the steps since the last call; call it after the device has been waited for."""
+        seconds = max(time.perf_counter() - self.begin - self.paused, 1e-9)
+        done = step - self.step
+        row = {"images_per_s": done * batch_size / seconds, "step_ms": 1000 * seconds / done,
+               "data_wait_percent": 100 * self.waited / seconds, "eta_s": (self.num_steps - step) * seconds / done}
+        if self.proc.device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.begin, self.step, self.waited, self.paused = time.perf_counter(), step, 0.0, 0.0
+        return row
+
+
+def check_finite(row: dict, bad_streak: int, limit: int, step: int) -> None:
+    """Raise RuntimeError naming the first non-finite term once `limit` steps in a row had to be skipped."""
+    if bad_streak >= limit:
+        name = next((k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)), "the gradient")
+        raise RuntimeError(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: {name}; the "
+                           f"newest checkpoint is the last good one; try a lower --lr or --dtype fp32")
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag, so that the loop can save and leave; a second signal kills."""
+
+    def __init__(self):
+        self.seen = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, _frame) -> None:
+        self.seen = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, proc: Proc) -> bool:
+        """Whether any process has been signalled; collective, so call it at the same step everywhere."""
+        if proc.world == 1:
+            return self.seen
+        flag = torch.tensor(float(self.seen), device=proc.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)

@@ -1,0 +1,166 @@
+"""Networks in whose features fid.py compares images: Inception, the embedded set's judge, any timm model.
+
+    net = load_inception()                                  # the published weights, or an error that names them
+    pool3 = net(images_u8)["2048"]                          # images uint8 (B, 3, H, W), B images
+    features, class_logits = load_shapes_judge()(x)         # x (B, 3, 32, 32) in [-1, 1]
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the digits begin the file's sha256
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
+JUDGE_FILE = Path(__file__).parent / "assets" / "shapes_judge.pt"
+
+
+def resize_tf1(x: Tensor, size: int) -> Tensor:
+    """Resize (B, C, H, W) to size x size as TensorFlow 1: source = i * in / out, bilinear, no antialias."""
+    for dim in (3, 2):
+        last = x.shape[dim] - 1
+        source = torch.arange(size, device=x.device, dtype=torch.float32) * ((last + 1) / size)
+        low = source.floor().long()
+        share = (source - low).to(x.dtype).view([-1 if d == dim else 1 for d in range(4)])
+        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=last))
+        x = a + (b - a) * share
+    return x
+
+
+class FIDInception(nn.Module):
+    """Inception-v3 of TensorFlow's 2015-12-05 graph under pytorch-fid's key names; random until loaded.
+
+    resize, to 299 px: "tf1" (ADM, torch-fidelity) or "pytorch-fid" (half-pixel centres). The layers are timm's;
+    unlike them the graph averages without counting the padding, and its last block pools by maximum.
+    """
+    LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Pool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
+              "Pool2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d",
+              "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c")
+    TAPS = {"Pool1": "64", "Pool2": "192", "Mixed_6e": "768", "Mixed_7c": "2048"}
+
+    def __init__(self, resize: str = "tf1"):
+        super().__init__()
+        from timm.models.inception_v3 import InceptionV3  # takes seconds to import
+        net, self.resize = InceptionV3(num_classes=1008), resize
+        for name in (*self.LAYERS, "fc"):
+            self.add_module(name, getattr(net, name))
+
+    def preprocess(self, images_u8: Tensor) -> Tensor:
+        """Map uint8 (B, 3, H, W) to (B, 3, 299, 299) in about [-1, 1], in the type of the weights."""
+        x = images_u8.to(self.fc.weight.dtype)
+        if self.resize == "tf1":
+            return (resize_tf1(x, 299) - 128) / 128
+        return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+
+    def forward(self, images_u8: Tensor) -> dict:
+        """Return a dict for uint8 images (B, 3, H, W): spatial means "64", "192", "768" and "2048" (pool3);
+        "spatial" (B, 2023) for sFID; "logits" (B, 1008); "logits_unbiased", without the bias, for ADM's IS."""
+        x, out = self.preprocess(images_u8), {}
+        for name in self.LAYERS:
+            layer, before = getattr(self, name), x
+            x = layer(x)
+            if hasattr(layer, "branch_pool"):  # its channels are the last ones: replace them
+                pooled = F.max_pool2d(before, 3, 1, 1) if name == "Mixed_7c" else \
+                    F.avg_pool2d(before, 3, 1, 1, count_include_pad=False)
+                branch = layer.branch_pool(pooled)
+                x = torch.cat([x[:, :-branch.shape[1]], branch], dim=1)
+            if name in self.TAPS:
+                out[self.TAPS[name]] = x.mean(dim=(2, 3))
+            if name == "Mixed_6d":  # TF's mixed_6/conv: branch1x1 after its ReLU, channels last
+                out["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        out["logits_unbiased"] = out["2048"] @ self.fc.weight.T
+        return {**out, "logits": out["logits_unbiased"] + self.fc.bias}
+
+
+def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
+    """Return the network with the published weights, eval mode, CPU: a local file, else torch hub's cache.
+
+    Raises FileNotFoundError with name, source and sha256 where there is none, ValueError for another file.
+    """
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; FID wants {INCEPTION_FILE} (its sha256 begins with "
+                                f"6726825d) from {INCEPTION_URL}: put it there, or give --inception FILE")
+    net = FIDInception(resize)
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
+        raise ValueError(f"{path}: not {INCEPTION_FILE} ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0][:80]}); fetch it from {INCEPTION_URL}") from error
+    return net.eval()
+
+
+class ShapesJudge(nn.Module):
+    """Judge of the embedded set, trained on class and attributes by train_teacher.py; no VAE or SiT sees it.
+
+    x (B, 3, 32, 32) in [-1, 1] -> (features (B, 128) for the Frechet distance, class logits (B, 10)).
+    attribute_logits(features) -> (B, num_attributes), the columns of Shapes.attribute_names.
+    """
+
+    def __init__(self, num_classes: int = 10, num_attributes: int = 40, width: int = 32):
+        super().__init__()
+        w = width
+        layers = [nn.PixelUnshuffle(2)]
+        for c_in, c_out, stride in ((12, 2 * w, 1), (2 * w, 2 * w, 1), (2 * w, 4 * w, 2), (4 * w, 4 * w, 1),
+                                    (4 * w, 4 * w, 2)):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(True)]
+        layers += [nn.Flatten(), nn.Linear(16 * 4 * w, 128), nn.BatchNorm1d(128), nn.ReLU()]
+        self.net = nn.Sequential(*layers)
+        self.class_head = nn.Linear(128, num_classes)
+        self.attribute_head = nn.Linear(128, num_attributes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[-2:] != (32, 32):
+            raise ValueError(f"the shapes judge takes 32 px images, got {tuple(x.shape)}: --image-size 32")
+        features = self.net(x).float()
+        return features, self.class_head(features)
+
+    def attribute_logits(self, features: Tensor) -> Tensor:
+        return self.attribute_head(features)
+
+
+def load_shapes_judge(path=JUDGE_FILE) -> ShapesJudge:
+    """Read the judge that train_teacher.py wrote (fp16 weights), in fp32 on the CPU and in eval mode.
+
+    Raises FileNotFoundError without the file, ValueError for another kind of file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; python train_teacher.py makes the shapes judge")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != "nanosendvae-shapes-judge":
+        raise ValueError(f"{path} is not a shapes judge; python train_teacher.py makes one")
+    judge = ShapesJudge(**state["config"])
+    judge.load_state_dict(state["model"])
+    return judge.eval()
+
+
+class TimmFeatures(nn.Module):
+    """Pooled features (B, D) of a timm model for uint8 images (B, 3, H, W), resized (bicubic) to its own size.
+
+    weights: local file, None fetches from the hub. Raises ValueError for an unknown name, FileNotFoundError if
+    the weights cannot be had.
+    """
+
+    def __init__(self, name: str, weights=None):
+        super().__init__()
+        import timm
+        if weights is not None and not Path(weights).is_file():
+            raise FileNotFoundError(f"--features-weights {weights}: no such file")
+        size = {"img_size": 224} if "dinov2" in name else {}  # FD-DINOv2, arXiv:2306.04675; timm would take 518
+        try:
+            self.net = timm.create_model(name, pretrained=True, num_classes=0, **size,
+                                         pretrained_cfg_overlay={"file": str(weights)} if weights else {})
+        except RuntimeError as error:
+            raise ValueError(f"--features {name}: {str(error).splitlines()[0]}; want inception, shapes, or a timm "
+                             f"model and its weights") from error
+        except OSError as error:
+            raise FileNotFoundError(f"--features {name}: weights neither cached nor to be had from the hub "
+                                    f"(huggingface.co/timm/{name}); give --features-weights FILE") from error
+        config = timm.data.resolve_model_data_config(self.net)
+        self.size = config["input_size"][1:]
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+
+    def forward(self, images_u8: Tensor) -> Tensor:
+        x = F.interpolate(images_u8.float() / 255, size=self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self.net((x - self.mean) / self.std)

@@ -1,0 +1,220 @@
+"""What an autoencoder is trained against: reconstruction, LPIPS, KL, and a PatchGAN discriminator.
+
+    terms = vae_loss(x, x_hat, posterior, lpips=LPIPS(None))      # terms["loss"] is the weighted sum
+    g_loss = generator_loss(discriminator(x_hat))                 # the training script adds it, weighted
+    d_loss = discriminator_loss(discriminator(x), discriminator(x_hat.detach()))
+
+Images are (B, 3, H, W) floats in [-1, 1]. Losses are computed in float32 (float64 stays) also under autocast.
+"""
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VGG_FILE = "vgg16-397923af.pth"  # torchvision's name; the digits begin the file's sha256
+LINEAR_HEADS = Path(__file__).parent / "assets" / "lpips_vgg_linear.pt"
+
+
+def at_least_float32(x):
+    """Return x as float32, or unchanged if it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (arXiv:1801.03924, version 0.1 with VGG16): images x, y in [-1, 1] -> (B,).
+
+    weights: file of torchvision's vgg16 (keys features.N.*), or None for timm's vgg16.tv_in1k from the hub;
+    "random" leaves the trunk untrained, for tests and timings only. The linear heads are those of the `lpips`
+    package, in assets/. Keys: features.N.*, lin{k}.model.1.weight. Frozen; gradients reach x and y.
+    """
+    TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+
+    def __init__(self, weights):
+        super().__init__()
+        self.features = vgg16_trunk(weights)
+        for k, tap in enumerate(self.TAPS):
+            # published index 0 is a Dropout, which must not run where LPIPS is a loss
+            channels = self.features[tap - 1].out_channels
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+            self.add_module(f"lin{k}", nn.ModuleDict({"model": head}))
+        # ImageNet's mean and std for images in [-1, 1]: the only scaling, so [0, 1] images would be wrong
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+        heads = torch.load(LINEAR_HEADS, map_location="cpu", weights_only=True)
+        self.load_state_dict({**self.features.state_dict(prefix="features."), **heads})
+        self.requires_grad_(False)
+
+    def forward(self, x, y):
+        """Return the distance of each pair, (B,) float32. x, y (B, 3, H, W) in [-1, 1], H and W >= 16."""
+        return self.per_layer(x, y).sum(dim=1)
+
+    def per_layer(self, x, y):
+        """Return the share of each of the five layers in the distance, (B, 5)."""
+        with torch.autocast(x.device.type, enabled=False):
+            pairs = zip(self.taps(at_least_float32(x)), self.taps(at_least_float32(y)))
+            shares = [getattr(self, f"lin{k}")["model"]((unit_length(a) - unit_length(b)).square())
+                      for k, (a, b) in enumerate(pairs)]  # each (B, 1, h, w)
+        return torch.stack([share.mean(dim=(1, 2, 3)) for share in shares], dim=1)
+
+    def taps(self, x):
+        """Return the five feature maps of x, each (B, C, h, w)."""
+        x, out = (x - self.shift) / self.scale, []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.TAPS:
+                out.append(x)
+        return out
+
+
+def unit_length(x):
+    """Divide x (B, C, h, w) by its norm over C, to which the published code adds 1e-10.
+
+    The clamp changes no norm above 1e-10; without it the gradient at an all-zero pixel is 0 * inf = nan.
+    """
+    return x / (x.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10)
+
+
+def vgg16_trunk(weights):
+    """Return the convolutions of VGG16 up to relu5_3 as a Sequential; `weights` as in LPIPS.
+
+    Raises FileNotFoundError if the file is missing or the hub cannot be reached, ValueError on another file.
+    """
+    import timm  # takes seconds to import
+    if weights is None:
+        try:
+            return timm.create_model("vgg16.tv_in1k", pretrained=True).features[:30]
+        except OSError as error:
+            raise FileNotFoundError(
+                f"LPIPS needs VGG16, and timm/vgg16.tv_in1k is neither cached nor to be had from the hub "
+                f"({type(error).__name__}): download https://download.pytorch.org/models/{VGG_FILE} "
+                "elsewhere and give its path, or set the weight of LPIPS to 0") from error
+    with torch.device("meta"):  # the whole network has 138 M parameters, the trunk 15 M
+        trunk = timm.create_model("vgg16").features[:30]
+    trunk = trunk.to_empty(device="cpu")
+    if weights == "random":
+        for layer in trunk:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+        return trunk
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"{weights}: no such file; LPIPS wants torchvision's {VGG_FILE}, from "
+                                f"https://download.pytorch.org/models/{VGG_FILE}")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        # a full vgg16 file also holds the classifier, which LPIPS has no use for
+        trunk.load_state_dict({key.removeprefix("features."): value for key, value in state.items()
+                               if key.startswith("features.")})
+    except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
+        raise ValueError(f"{weights}: not torchvision's {VGG_FILE} ({type(error).__name__}): download it "
+                         f"again from https://download.pytorch.org/models/{VGG_FILE}") from error
+    return trunk
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (arXiv:1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), each for an overlapping patch.
+
+    Taming's NLayerDiscriminator with its keys main.N.*: n_layers convolutions of stride 2, one of stride 1,
+    and the output. BatchNorm takes one call's images: judge real and fake in two. 256 px: 30 x 30 logits.
+    """
+
+    def __init__(self, ndf=64, n_layers=3, in_channels=3):
+        super().__init__()
+        layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        ch = ndf
+        for i in range(1, n_layers + 1):
+            out_ch = ndf * min(2 ** i, 8)
+            layers += [nn.Conv2d(ch, out_ch, 4, stride=2 if i < n_layers else 1, padding=1, bias=False),
+                       nn.BatchNorm2d(out_ch), nn.LeakyReLU(0.2, inplace=True)]
+            ch = out_ch
+        self.main = nn.Sequential(*layers, nn.Conv2d(ch, 1, 4, padding=1))
+        for layer in self.main:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
+
+    def forward(self, x):
+        return self.main(x)
+
+
+def discriminator_loss(logits_real, logits_fake):
+    """Return the discriminator's hinge loss, a scalar: half of mean relu(1 - real) + mean relu(1 + fake)."""
+    real, fake = at_least_float32(logits_real), at_least_float32(logits_fake)
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def generator_loss(logits_fake):
+    """Return the autoencoder's part, a scalar: minus the mean logit of its reconstructions."""
+    return -at_least_float32(logits_fake).mean()
+
+
+def adaptive_gan_weight(nll, g_loss, last_layer, max_weight=1e4):
+    """Return |d nll / d last_layer| / |d g_loss / d last_layer| as a constant in [0, max_weight].
+
+    Eq. 7 of VQGAN (arXiv:2012.09841). nll: the loss to weigh g_loss against; terms that do not reach
+    last_layer, such as KL, make no difference. last_layer: weight of the decoder's last convolution.
+    0 where no graph is recorded.
+    """
+    if not (torch.is_grad_enabled() and nll.requires_grad and g_loss.requires_grad):
+        return torch.zeros((), device=last_layer.device)
+    norms = [at_least_float32(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
+             for loss in (nll, g_loss)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, max_weight).detach()
+
+
+def vae_loss(x, x_hat, posterior, rec="l1", lpips=None, lpips_weight=1.0, kl_weight=1e-6):
+    """Return the terms of the autoencoder's loss before weighting, a dict of scalars, and their sum "loss".
+
+    rec: mean over all elements of |x - x_hat| ("l1") or its square ("l2"); lpips: mean over the batch of
+    lpips(x, x_hat), 0 without one; kl: nats, summed over C, h, w, mean over the batch.
+    loss = rec + lpips_weight * lpips + kl_weight * kl, on REPA-E's scale (LDM sums rec over the pixels).
+    """
+    if rec not in ("l1", "l2"):
+        raise ValueError(f"rec is {rec!r}, choose 'l1' or 'l2'")
+    x, x_hat = at_least_float32(x), at_least_float32(x_hat)
+    error = x - x_hat
+    terms = {"rec": (error.abs() if rec == "l1" else error.square()).mean(),
+             "lpips": error.new_zeros(()) if lpips is None else lpips(x, x_hat).mean(),
+             "kl": posterior.kl().mean()}
+    terms["loss"] = terms["rec"] + lpips_weight * terms["lpips"] + kl_weight * terms["kl"]
+    return terms
+
+
+class StepBatchNorm:
+    """Make the running statistics of BatchNorm layers a function of the global batch.
+
+    Every layer sees groups of a fixed number of images (mapper and discriminator split their input), so the
+    batch statistics do not depend on micro-batch or world size; this class averages those of one step over
+    groups and processes, and moves the running statistics once a step, as one big batch would.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        self.layers = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.momentum = [m.momentum for m in self.layers]
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._count)
+
+    @staticmethod
+    def _count(layer, _inputs) -> None:
+        if layer.training:
+            layer.calls_in_step = getattr(layer, "calls_in_step", 0) + 1
+            layer.momentum = 1 / layer.calls_in_step  # running mean over the calls of this step
+
+    def begin(self) -> None:
+        """Call before the first forward of a step."""
+        self.before = [(m.running_mean.clone(), m.running_var.clone()) for m in self.layers]
+        for layer in self.layers:
+            layer.calls_in_step = 0
+
+    def end(self, skipped: Tensor) -> None:
+        """Call after the optimizer step; a skipped step leaves the statistics as they were."""
+        for layer, old, momentum in zip(self.layers, self.before, self.momentum):
+            if layer.calls_in_step == 0:
+                continue
+            for now, was in zip((layer.running_mean, layer.running_var), old):
+                if dist.is_initialized():
+                    dist.all_reduce(now)
+                    now /= dist.get_world_size()
+                now.copy_(torch.where(skipped, was, was.lerp(now, momentum)))

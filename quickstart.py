@@ -1,0 +1,164 @@
+"""The report of ./quickstart.sh: plain VAE and Send-VAE side by side, as a table and as pictures.
+
+    python quickstart.py out/quickstart                     # writes report.md, reconstructions.png, samples.png, pca.png
+    python quickstart.py out/seed0 out/seed1 out/seed2      # prints mean and standard deviation over runs
+
+It only reads what the stages measured; nothing is computed here but the pictures.
+"""
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+import data
+from mapper import Mapper, MapperConfig, Teacher
+from probe import pca_rgb
+from vae import load_vae
+
+KINDS = ("plain", "send")
+SHOWN = 12  # images in the picture of reconstructions
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="folders that quickstart.sh wrote")
+    return parser.parse_args(argv)
+
+
+def read_json(path) -> dict:
+    """Return the JSON object in a file; a stage that did not run is one clear error."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: that stage has not run; ./quickstart.sh continues where it stopped")
+    return json.loads(Path(path).read_text())
+
+
+def read_seconds(run) -> dict:
+    """Return {stage: seconds} (the last entry of each stage)."""
+    return {name: int(value) for name, value in (line.split() for line in open(Path(run) / "seconds.txt"))}
+
+
+def measured(run) -> dict:
+    """Return {kind: {measure: value}} of one run, from the files of its stages."""
+    run, probe, seconds = Path(run), read_json(Path(run) / "probe.json"), read_seconds(run)
+    table = {}
+    for i, kind in enumerate(KINDS):
+        rfid, gfid = read_json(run / kind / "rfid.json"), read_json(run / kind / "gfid.json")
+        vae = probe["vaes"][i]
+        table[kind] = {
+            "PSNR, dB": rfid["psnr_db"],
+            "probe F1, flattened": vae["flat"]["macro_f1"],
+            "probe F1, pooled": vae["pooled"]["macro_f1"],
+            f"FD-judge of {rfid['n']} reconstructions": rfid["fd"],
+            f"FD-judge of {gfid['n']} samples": gfid["fd"],
+            "class accuracy of samples": gfid["class_accuracy"],
+            "seconds, VAE": seconds[f"{kind}-vae"],
+            "seconds, SiT": seconds[f"{kind}-sit"],
+            "seconds, sampling": seconds[f"{kind}-sample"],
+        }
+    return table
+
+
+def markdown_table(tables) -> str:
+    """Return the side-by-side table of one run, or mean +- standard deviation over several."""
+    lines = ["| measure | plain VAE | Send-VAE | difference |", "|---|---|---|---|"]
+    for name in tables[0]["plain"]:
+        cells = []
+        for values in ([t["plain"][name] for t in tables], [t["send"][name] for t in tables],
+                       [t["send"][name] - t["plain"][name] for t in tables]):
+            digits = 0 if name.startswith("seconds") else 3 if max(map(abs, values)) < 2 else 2
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            sign = "+" if len(cells) == 2 else ""
+            cells.append(f"{statistics.mean(values):{sign}.{digits}f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def draw_pictures(run) -> None:
+    """Write reconstructions.png, samples.png (one row per class) and pca.png into the run's folder."""
+    run, val = Path(run), data.open_dataset("shapes", 32, split="val")
+    images, _ = val.__getitems__(range(SHOWN))
+    x, rows, pca_rows = data.to_float(images), [images], []
+    for kind in KINDS:
+        checkpoint = common.load_checkpoint(common.resolve_checkpoint(run / kind / "vae"))
+        vae = load_vae(common.resolve_checkpoint(run / kind / "vae"))
+        z = vae.encode(x).mode()
+        rows.append(data.to_uint8(vae.decode(z)))
+        pca_rows.append(pca_rgb(z.flatten(2).transpose(1, 2)))
+        if checkpoint["mapper"]:
+            mapper = Mapper(MapperConfig(**checkpoint["mapper_config"])).eval()
+            mapper.load_state_dict(checkpoint["mapper"])
+            pca_rows.append(pca_rgb(mapper(z, torch.zeros(len(z)), torch.zeros_like(z))))
+            pca_rows.append(pca_rgb(Teacher("shapes", vae.config.resolution // vae.stride)(x)))
+    data.save_grid(run / "reconstructions.png", torch.cat(rows), columns=SHOWN, scale=3)
+    data.save_grid(run / "pca.png", torch.cat([images, *map(enlarge, pca_rows)]), columns=SHOWN, scale=3)
+    grids = []
+    for kind in KINDS:
+        arrays = np.load(run / kind / "samples" / "samples.npz")
+        per_class = [arrays["arr_0"][arrays["arr_1"] == k][:8] for k in range(val.num_classes)]
+        grids.append(np.stack(per_class))  # (classes, 8, H, W, 3)
+    gap = np.full_like(grids[0][:, :1], 255)
+    both = np.concatenate([grids[0], gap, grids[1]], axis=1)
+    data.save_grid(run / "samples.png", both.reshape(-1, *both.shape[2:]), columns=both.shape[1], scale=2)
+
+
+def enlarge(rgb, size: int = 32) -> torch.Tensor:
+    """Token colours uint8 (B, N, 3) -> images (B, 3, size, size), every token a square."""
+    side = int(rgb.shape[1] ** 0.5)
+    grid = torch.as_tensor(rgb).reshape(len(rgb), side, side, 3).permute(0, 3, 1, 2)
+    return grid.repeat_interleave(size // side, 2).repeat_interleave(size // side, 3)
+
+
+def write_report(run) -> str:
+    """Write report.md and return its table."""
+    run, table = Path(run), markdown_table([measured(run)])
+    seconds, probe = read_seconds(run), read_json(run / "probe.json")
+    names = data.open_dataset("shapes", 32, split="val").class_names
+    text = f"""# Quickstart report
+
+Plain VAE and Send-VAE (alignment to the shapes teacher), equal steps, seed, data; a SiT on the latents of each.
+The judge network, in whose features FD and class accuracy are measured, was trained by neither.
+
+{table}
+
+Seconds of all stages: {sum(seconds.values())}.
+
+Reconstructions (original, plain VAE, Send-VAE): ![](reconstructions.png)
+
+Samples, one row per class ({", ".join(names)}); left plain VAE, right Send-VAE: ![](samples.png)
+
+First three principal components as colour: image, latent of the plain VAE, latent of the Send-VAE, mapper output,
+teacher tokens: ![](pca.png)
+
+Probe F1 by group of attributes (flattened latents):
+
+{group_table(probe)}
+"""
+    (run / "report.md").write_text(text)
+    return table
+
+
+def group_table(probe) -> str:
+    """Return the probe's F1 per attribute group, a column per VAE."""
+    groups = [vae["flat"]["groups"] for vae in probe["vaes"]]
+    lines = ["| attribute | plain VAE | Send-VAE |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{g[name]:.3f}" for g in groups) + " |" for name in groups[0]])
+
+
+def main(argv=None):
+    """Entry point of the command."""
+    runs = parse_args(argv).runs
+    if len(runs) == 1:
+        draw_pictures(runs[0])
+        print(write_report(runs[0]))
+    else:
+        print(markdown_table([measured(run) for run in runs]))
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The whole pipeline on the embedded data set, on a fresh machine, CPU or GPU, without any download but the packages:
+# plain VAE and Send-VAE with the same budget, latents, SiT on both, samples, probe, Frechet distance, report.
+#   ./quickstart.sh                               # writes out/quickstart/ ; run it again to continue after a stop
+#   SEED=1 OUT=out/quickstart1 ./quickstart.sh    # another seed
+set -euo pipefail
+cd "$(dirname "$0")"
+OUT="${OUT:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
+VAE_STEPS="${VAE_STEPS:-1000}" SIT_STEPS="${SIT_STEPS:-2000}" SAMPLES="${SAMPLES:-1000}"
+
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=.venv/bin/python
+  [ -x "$PYTHON" ] || python3 -m venv .venv
+  echo "installing requirements.txt into .venv (once; about a minute where pip is near its index)"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+fi
+mkdir -p "$OUT"
+begin=$SECONDS
+
+# stage NAME COMMAND...: run it once, say how long it took; a finished one is not run again.
+stage() {
+  local name="$1" start=$SECONDS; shift
+  if grep -qsxF "$name $*" "$OUT/done.txt"; then echo "== $name: done before"; return; fi
+  echo "== $name: $PYTHON $*"
+  "$PYTHON" "$@"
+  echo "$name $*" >> "$OUT/done.txt"
+  echo "$name $((SECONDS - start))" >> "$OUT/seconds.txt"
+  echo "== $name: $((SECONDS - start)) s"
+}
+
+run="--seed $SEED --device $DEVICE"
+vae="--data shapes --vae tiny --init none --lpips 0 --gan 0 --batch-size 64 --steps $VAE_STEPS --lr 2e-3
+  --warmup 50 --cooldown 400 --eval-every 250 --save-every 250"
+for kind in plain send; do
+  dir="$OUT/$kind"
+  if [ $kind = send ]; then align="--align 1 --teacher shapes"; else align="--align 0"; fi
+  stage "$kind-vae"     train_vae.py $vae $align $run --out "$dir/vae"
+  stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
+  stage "$kind-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
+  stage "$kind-sit"     train_sit.py --latents "$dir/latents" --model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 \
+    --warmup 100 --cooldown 500 --ema 0.995 --save-every 500 --sample-every 1000 $run --out "$dir/sit"
+  stage "$kind-sample"  sample.py --ckpt "$dir/sit" --cfg 2 --sampler euler --steps 50 --num "$SAMPLES" --batch-size 250 --npz \
+    $run --out "$dir/samples"
+  stage "$kind-fid"     fid.py gfid shapes "$dir/samples/samples.npz" --features shapes --device "$DEVICE" --out "$dir/gfid.json"
+done
+stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" --out "$OUT/probe.json"
+"$PYTHON" quickstart.py "$OUT"
+echo "quickstart: $((SECONDS - begin)) s in this run; report: $OUT/report.md"

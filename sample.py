@@ -1,0 +1,177 @@
+"""Draw samples: the newest SiT of out/sit and the VAE of its latents -> samples/grid.png (and samples.npz for FID).
+
+    python sample.py --cfg 1.5                                               # a picture
+    torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num 50000 --npz   # the paper's setting
+
+Image i is a function of (seed, i) alone: not of batch size, number of processes or --num. Beside the samples,
+protocol.json says all that they depend on.
+"""
+import argparse
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+import data
+from sit import guided_velocity, load_sit, nfe, sample_ode, sample_sde
+from vae import load_vae
+
+SAMPLERS = ("sde", "euler", "heun")
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("models").add_argument
+    add("--ckpt", default="out/sit", help="SiT checkpoint, or a folder of checkpoints (newest)")
+    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
+    add("--vae", default=None, help="VAE of the latents; default: the file that encode.py used")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--cfg", type=float, default=1.0, help="guidance scale, all channels; 1 = off")
+    add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+        help="noise times with guidance, inclusive (1 = pure noise); the paper's runs: 0 0.75")
+    add("--sampler", default="sde", choices=SAMPLERS, help="sde: Euler-Maruyama; euler, heun: the ODE")
+    add("--steps", type=int, default=250, help="solver steps")
+    add("--num", type=int, default=0, help="images; 0 = 8 of each class, at most 80")
+    add("--labels", default="balanced", choices=("balanced", "random"),
+        help="balanced: image i has class i mod num_classes; random: uniform, as in REPA's numbers")
+    add("--batch-size", type=int, default=64, help="images per forward and device")
+    add("--npz", action="store_true", help="also write samples.npz (arr_0 images, arr_1 labels: ADM's format)")
+    add("--compile", action="store_true", help="torch.compile the model and the decoder")
+    add("--dry-run", action="store_true", help="print configuration, sizes and evaluations, then leave")
+    common.add_run_flags(parser, out="samples")
+    return parser.parse_args(argv)
+
+
+def draw_labels(indices, policy: str, num_classes: int, seed: int) -> torch.Tensor:
+    """Label of each image index (B,) int64; a function of (seed, index)."""
+    if policy == "balanced":
+        return torch.tensor([i % num_classes for i in indices])
+    return torch.tensor([common.derive_seed(seed, "label", int(i)) % num_classes for i in indices])
+
+
+@torch.no_grad()
+def sample_images(model, vae, meta, indices, args, device, dtype):
+    """Return uint8 images (B, H, W, 3) and labels (B,) of the given image indices, numpy.
+
+    The state of the solver is fp32; the network runs under autocast `dtype`, the decoder too.
+    """
+    y = draw_labels(indices, args.labels, meta["num_classes"], args.seed)
+    shape = (meta["channels"], *meta["latent_size"])
+    noise = common.noise_for(shape, indices, device, args.seed, "sample")
+    labels = y.to(device)
+
+    def velocity(z_t, t):
+        with common.autocast(device, dtype):
+            return guided_velocity(model, z_t, t, labels, args.cfg, tuple(args.cfg_interval))
+
+    if args.sampler == "sde":
+        generators = [torch.Generator(device).manual_seed(common.derive_seed(args.seed, "sde", int(i)))
+                      for i in indices]
+        z = sample_sde(velocity, noise, args.steps, generators)
+    else:
+        z = sample_ode(velocity, noise, args.steps, heun=args.sampler == "heun")
+    z = data.denormalize_latents(z, *(torch.tensor(meta[k]) for k in ("mean", "std")))
+    with common.autocast(device, dtype):
+        x = vae.decode(z)
+    return data.to_uint8(x.float()).permute(0, 2, 3, 1).cpu().numpy(), y.numpy()
+
+
+def sample(args, proc):
+    """Write grid.png, protocol.json and, with --npz, samples.npz to args.out; return the folder."""
+    ckpt = common.resolve_checkpoint(args.ckpt)
+    state = common.load_checkpoint(ckpt, "nanosendvae-sit")
+    meta, dropout = state["latents"], state["args"]["label_dropout"]
+    if args.cfg != 1 and dropout == 0:
+        raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no unconditional "
+                         f"velocity; use --cfg 1")
+    step, model = state["step"], load_sit(ckpt, args.weights)
+    del state
+    vae_path = common.resolve_checkpoint(args.vae or meta["vae"])
+    vae = load_vae(vae_path)
+    found = common.state_hash(vae.state_dict())
+    if found != meta["vae_hash"]:
+        raise ValueError(f"{vae_path} is VAE {found[:12]}, the SiT was trained on latents of VAE "
+                         f"{meta['vae_hash'][:12]}; give --vae that one")
+    num = args.num or min(8 * meta["num_classes"], 80)
+    evaluations = nfe(args.steps, heun=args.sampler == "heun")
+    common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
+    common.print0(f"{num} images: {ckpt} (step {step}, {args.weights} weights, "
+                  f"{sum(p.numel() for p in model.parameters()):,} parameters), {args.sampler} {args.steps} steps = "
+                  f"{evaluations} evaluations, cfg {args.cfg:g} in {tuple(args.cfg_interval)}")
+    if args.dry_run:
+        return None
+    model, vae = model.to(proc.device), vae.to(proc.device)
+    if args.compile:
+        common.compile_modules(model, vae.decoder)
+    dtype = common.resolve_dtype(args.dtype, proc.device)
+    mine = np.array_split(np.arange(num), proc.world)[proc.rank]
+    images = np.empty((len(mine), *(vae.stride * side for side in meta["latent_size"]), 3), np.uint8)
+    labels = np.empty(len(mine), np.int64)
+    for first in common.progress(range(0, len(mine), args.batch_size), proc, "sample"):
+        part = slice(first, first + args.batch_size)
+        images[part], labels[part] = sample_images(model, vae, meta, mine[part], args, proc.device, dtype)
+    images, labels = gather(images, labels, Path(args.out), proc)
+    if proc.main:
+        write(args, images, labels, meta, dict(
+            num_images=num, checkpoint=str(ckpt), checkpoint_sha256=file_hash(ckpt), step=step, vae=str(vae_path),
+            vae_hash=found, nfe=evaluations, autocast=str(dtype), device=str(proc.device),
+            guided_channels="all", time="t=1 noise, t=0 data"))
+    return args.out
+
+
+def gather(images, labels, folder, proc):
+    """Return all processes' images and labels on rank 0, through files: the arrays may be gigabytes."""
+    if proc.world == 1:
+        return images, labels
+    data.save_npz(folder / f"part-{proc.rank}.npz", images, labels)
+    common.barrier()
+    if not proc.main:
+        return None, None
+    paths = [folder / f"part-{rank}.npz" for rank in range(proc.world)]
+    parts = [np.load(path) for path in paths]
+    joined = [np.concatenate([part[key] for part in parts]) for key in ("arr_0", "arr_1")]
+    for path in paths:
+        path.unlink()
+    return joined
+
+
+def file_hash(path) -> str:
+    """Return the sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(args, images, labels, meta, facts):
+    """Write the files and say where."""
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = images[:80]
+    columns = min(meta["num_classes"], 10) if args.labels == "balanced" and meta["num_classes"] > 1 \
+        else max(1, math.isqrt(len(shown)))
+    data.save_grid(folder / "grid.png", shown, columns=columns, scale=max(1, 64 // images.shape[1]))
+    stats = hashlib.sha256(json.dumps([meta["mean"], meta["std"]]).encode()).hexdigest()
+    protocol = {**{k: v for k, v in vars(args).items()}, **facts, "latent_statistics_sha256": stats,
+                "class_names": meta["class_names"][:100], **common.versions()}
+    (folder / "protocol.json").write_text(json.dumps(protocol, indent=1))
+    print(f"wrote {folder}/grid.png" + (" (one column per class)" if columns == meta["num_classes"] else ""))
+    if args.npz:
+        data.save_npz(folder / "samples.npz", images, labels)
+        print(f"wrote {folder}/samples.npz: {len(images)} images; next: python fid.py gfid REF {folder}/samples.npz")
+
+
+def main(argv=None):
+    """Entry point of the command."""
+    args = parse_args(argv)
+    if args.steps < 1 or args.num < 0 or args.batch_size < 1:
+        raise ValueError("--steps and --batch-size must be at least 1, --num at least 0")
+    return sample(args, common.setup(args.device))
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,178 @@
+"""The embedded data set: small scenes rendered by numpy, with exact attributes, in any number, from a seed alone.
+
+    dataset = Shapes(20000, seed=0, split="train")     # .images .labels .attributes .attribute_names .factors
+    other = Shapes(20000, seed=0, split="train", frame=1)   # the same scenes, pose, size and light drawn anew
+
+No file, no download, the same pixels on every machine. Scene i depends on (seed, split, i) alone.
+"""
+import hashlib
+
+import numpy as np
+import torch
+
+SHAPES = ("disk", "square", "triangle", "star", "plus", "ring", "heart", "crescent", "arrow", "halfdisk")
+TEXTURES = ("plain", "gradient", "stripes", "checker")
+FILLS = ("solid", "stripes", "rim")
+SECONDS = ("none", "disk", "square", "triangle")
+# RGB in [0, 1]. Objects are bright and backgrounds dark, so that no combination has low contrast.
+HUES = {"red": (.95, .15, .15), "orange": (1., .55, .10), "yellow": (.98, .92, .20), "green": (.25, .85, .25),
+        "cyan": (.20, .90, .95), "blue": (.25, .45, 1.), "purple": (.68, .30, 1.), "pink": (1., .50, .80)}
+BACKGROUNDS = {"black": (.05, .05, .05), "navy": (.05, .08, .36), "maroon": (.40, .05, .10),
+               "forest": (.04, .30, .08), "plum": (.30, .05, .34), "slate": (.34, .38, .44),
+               "brown": (.40, .24, .08), "teal": (.03, .32, .35)}
+SCENE = 64.0   # side of a scene in its own units, whatever the number of pixels
+PERIOD = 16.0  # of stripes and checkers, scene units
+SPLITS = {"train": 0, "val": 1}
+
+
+def _signed_distance(shape, x, y):
+    """Return the distance of points to a shape of radius about 1, negative inside; y points down."""
+    r, side = np.hypot(x, y), np.abs(x)
+    if shape == "disk":
+        return r - 0.9
+    if shape == "square":
+        return np.maximum(side, np.abs(y)) - 0.78
+    if shape == "triangle":
+        return np.maximum(y, 0.866 * side - 0.5 * y) - 0.5
+    if shape == "star":  # five-fold symmetry: fold into half a sector, then one edge from tip to inner corner
+        half = np.pi / 5
+        angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
+        tip, inner = 0.95, 0.42
+        normal = np.array([inner * np.sin(half), tip - inner * np.cos(half)])
+        normal = (normal / np.hypot(*normal)).astype(np.float32)
+        return (r * np.cos(angle) - tip) * normal[0] + r * np.sin(angle) * normal[1]
+    if shape == "plus":
+        return np.maximum(np.minimum(side, np.abs(y)) - 0.3, np.maximum(side, np.abs(y)) - 0.9)
+    if shape == "ring":
+        return np.abs(r - 0.68) - 0.27
+    if shape == "heart":  # a square on its corner, and a disk on each of its upper sides
+        return np.minimum((side + np.abs(y - 0.1) - 0.8) * np.sqrt(0.5, dtype=np.float32),
+                          np.hypot(side - 0.4, y + 0.3) - 0.566)
+    if shape == "crescent":
+        return np.maximum(r - 0.95, 0.72 - np.hypot(x - 0.48, y))
+    if shape == "arrow":
+        head = np.maximum(0.1 - x, 0.66 * (x - 0.95) + 0.75 * np.abs(y))
+        return np.minimum(head, np.maximum(np.abs(x + 0.4) - 0.5, np.abs(y) - 0.26))
+    if shape == "halfdisk":
+        return np.maximum(np.hypot(x, y - 0.4) - 0.95, y - 0.4)
+    raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
+
+
+def _square_wave(wave, pixel, period):
+    """Turn a sine wave of unit amplitude into 0 / 1 with edges about one pixel wide."""
+    return np.clip(0.5 + wave * period / (2 * np.pi * pixel), 0, 1)
+
+
+def _mix(under, over, alpha):
+    """Blend colours (N, 1 or H, 1 or W, 3) by alpha (N, H, W)."""
+    return under + alpha[..., None] * (over - under)
+
+
+def _shape_alpha(names, kind, x, y, radius, pixel):
+    """Return distance in scene units and anti-aliased coverage, (N, H, W) each; kind (N,) indexes names."""
+    distance = np.full(x.shape, SCENE, np.float32)
+    for k in np.unique(kind):
+        if names[k] != "none":
+            distance[kind == k] = _signed_distance(names[k], (x / radius)[kind == k], (y / radius)[kind == k])
+    distance *= radius
+    return distance, np.clip(0.5 - distance / pixel, 0, 1)
+
+
+def _render(f, size):
+    """Render scenes. f: dict of factor arrays (N,); returns uint8 (N, size, size, 3)."""
+    pixel = SCENE / size
+    at = (np.arange(size, dtype=np.float32) + 0.5) * pixel  # pixel centres
+    real = {k: v.astype(np.float32)[:, None, None] for k, v in f.items()}  # (N, 1, 1)
+    colour = np.array(list(HUES.values()), np.float32)[:, None, None]  # (8, 1, 1, 3)
+    base = np.array(list(BACKGROUNDS.values()), np.float32)[:, None, None][f["background"]]
+
+    phase = 2 * np.pi * real["phase"]
+    u, v = np.broadcast_arrays(at[None, None, :], at[None, :, None])
+    across = np.where(f["vertical"][:, None, None], v, u)  # (N, H, W)
+    wave = np.sin(2 * np.pi / PERIOD * across + phase)
+    other = np.sin(2 * np.pi / PERIOD * (u + v - across) + 2 * phase)
+    ramp = np.where(real["phase"] < 0.5, across, SCENE - across) / SCENE
+    tone = np.choose(f["texture"][:, None, None], (np.float32(0), ramp, _square_wave(wave, pixel, PERIOD),
+                                                   _square_wave(wave * other, pixel, PERIOD)))
+    image = _mix(base, base + 0.25 * (1 - base), tone)
+
+    c, s = np.cos(np.radians(real["rotation"])), np.sin(np.radians(real["rotation"]))
+    x, y = u - real["x"], v - real["y"]
+    x, y = c * x + s * y, c * y - s * x  # into the object's own axes
+    distance, alpha = _shape_alpha(SHAPES, f["shape"], x, y, real["size"], pixel)
+    stripes = _square_wave(np.sin(2 * np.pi / 10 * x), pixel, 10)
+    rim = np.clip(0.5 - (distance + 3) / pixel, 0, 1)  # the coloured rim is 3 units wide
+    pale = np.choose(f["fill"][:, None, None], (np.float32(0), stripes, rim))
+    hue = colour[f["hue"]]
+    image = _mix(image, _mix(hue, hue + 0.7 * (1 - hue), pale), alpha)
+
+    x, y = u - real["second_x"], v - real["second_y"]
+    alpha = _shape_alpha(SECONDS, f["second"], x, y, real["second_size"], pixel)[1]
+    image = _mix(image, colour[f["second_hue"]], alpha)
+    return np.rint(255 * np.clip(image * real["light"][..., None], 0, 1)).astype(np.uint8)
+
+
+def _draw_factors(num, seed, split, frame):
+    """Draw the factors of scenes 0..num-1: dict of arrays (num,). Row i does not depend on num."""
+    rows = -(-num // len(SHAPES)) * len(SHAPES)
+    a = np.random.default_rng([split, 0, seed]).random((rows, 7))  # what a scene is
+    b = np.random.default_rng([split, 1 + frame, seed]).random((rows, 10))  # how this frame shows it
+    f = {"shape": np.argsort(a[:, 0].reshape(-1, len(SHAPES)), axis=1).ravel(),  # each shape once in ten
+         "hue": (a[:, 1] * len(HUES)).astype(int), "background": (a[:, 2] * len(BACKGROUNDS)).astype(int),
+         "texture": (a[:, 3] * len(TEXTURES)).astype(int), "fill": (a[:, 4] * len(FILLS)).astype(int),
+         "second": np.maximum(a[:, 5] * 6 - 2, 0).astype(int)}  # none for half of them
+    other = 1 + (a[:, 6] * (len(HUES) - 1)).astype(int)  # never the main hue
+    f["second_hue"] = (f["hue"] + other) % len(HUES)
+    f |= {"x": 25 + 14 * b[:, 0], "y": 25 + 14 * b[:, 1], "size": 18 + 7 * b[:, 2],
+          "rotation": 60 * b[:, 3] - 30,
+          "light": 0.85 + 0.25 * b[:, 4], "phase": b[:, 5], "vertical": b[:, 6] < 0.5,
+          "second_x": np.where(b[:, 7] % 0.5 < 0.25, 9, 55) + 4 * b[:, 8] - 2,
+          "second_y": np.where(b[:, 7] < 0.5, 9, 55) + 40 * b[:, 8] % 4 - 2, "second_size": 6.5 + 2 * b[:, 9]}
+    return {k: v[:num] for k, v in f.items()}
+
+
+class Shapes:
+    """Procedurally rendered scenes with exact factors: a shape on a background, in half of them a second one.
+
+    num images of (seed, split, frame), held in memory: image i is the same for every num. The splits "train"
+    and "val" never share a random stream. Another `frame` shows the same scenes with position, size,
+    rotation, light, texture phase and place of the second object drawn anew. The label is the main shape,
+    balanced.
+
+    .images uint8 (N, size, size, 3) RGB; .labels int64 (N,); .attributes uint8 (N, A) with .attribute_names;
+    .factors dict of arrays (N,): indices into the tables above; x, y, size in 64ths of the side; rotation in
+    degrees. Raises ValueError for another split, num < 1, size < 8, or a negative seed or frame.
+    """
+
+    class_names = list(SHAPES)
+    num_classes = len(SHAPES)
+
+    def __init__(self, num: int, seed: int = 0, split: str = "train", size: int = 32, frame: int = 0):
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
+        if num < 1 or size < 8 or seed < 0 or frame < 0:
+            raise ValueError(f"num {num}, size {size}, seed {seed}, frame {frame}: want num >= 1, size >= 8, "
+                             "seed >= 0, frame >= 0")
+        self.image_size = size
+        self.files_hash = hashlib.sha256(repr((num, seed, split, size, frame)).encode()).hexdigest()
+        self.factors = _draw_factors(num, seed, SPLITS[split], frame)
+        parts = [{k: v[i:i + 256] for k, v in self.factors.items()} for i in range(0, num, 256)]
+        self.images = np.concatenate([_render(part, size) for part in parts])
+        self.labels = self.factors["shape"].astype(np.int64)
+        tables = {"shape": SHAPES, "hue": HUES, "background": BACKGROUNDS, "texture": TEXTURES, "fill": FILLS,
+                  "second": SECONDS}
+        columns = {f"{key}={name}": self.factors[key] == i
+                   for key, names in tables.items() for i, name in enumerate(names)}
+        columns |= {"position=right": self.factors["x"] > 32, "position=low": self.factors["y"] > 32,
+                    "size=large": self.factors["size"] > 21.5}
+        self.attribute_names = list(columns)
+        self.attributes = np.stack(list(columns.values()), axis=1).astype(np.uint8)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, indices):
+        """Return (uint8 (B, 3, H, W), int64 (B,)) for a list of indices."""
+        index = np.asarray(indices)
+        images = np.ascontiguousarray(self.images[index].transpose(0, 3, 1, 2))
+        return torch.from_numpy(images), torch.from_numpy(self.labels[index])

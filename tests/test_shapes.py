@@ -1,0 +1,164 @@
+"""The embedded set: determinism, streams, balance, and the factors against what the pixels show.
+
+    pytest tests/test_shapes.py    # about 5 s on one core
+"""
+import numpy as np
+import pytest
+import torch
+
+from data import BACKGROUNDS, HUES, SECONDS, SHAPES, Shapes
+
+
+def select(data, **wanted):
+    """Return the indices of images whose factors have the given names, by the attribute columns."""
+    rows = np.ones(len(data), bool)
+    for factor, name in wanted.items():
+        rows &= data.attributes[:, data.attribute_names.index(f"{factor}={name}")] == 1
+    return np.flatnonzero(rows)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Shapes(6000, seed=3)
+
+
+def test_images_do_not_depend_on_how_many_are_asked_for():
+    many, few = Shapes(300), Shapes(47)
+    assert np.array_equal(many.images[:47], few.images)
+    assert np.array_equal(many.labels[:47], few.labels)
+    assert np.array_equal(many.attributes[:47], few.attributes)
+
+
+def test_splits_and_seeds_give_other_scenes():
+    sets = [Shapes(200, seed, split).factors["x"] for seed in (0, 1) for split in ("train", "val")]
+    assert len(np.unique(np.concatenate(sets))) == 4 * 200
+
+
+def test_a_frame_keeps_the_scene_and_changes_the_view(data):
+    other = Shapes(500, seed=3, frame=1)
+    kept = [i for i, name in enumerate(data.attribute_names) if not name.startswith(("position", "size"))]
+    assert np.array_equal(other.attributes[:, kept], data.attributes[:500, kept])
+    assert np.array_equal(other.factors["second_hue"], data.factors["second_hue"][:500])
+    for factor in ("x", "y", "size", "rotation", "light", "phase"):
+        assert abs(np.corrcoef(other.factors[factor], data.factors[factor][:500])[0, 1]) < 0.2  # 4 sigma
+    assert all((a != b).mean() > 0.1 for a, b in zip(other.images, data.images))
+
+
+def test_classes_are_exactly_balanced_and_labels_are_shapes(data):
+    assert np.array_equal(np.bincount(data.labels), np.full(10, 600))
+    assert data.class_names == list(SHAPES) and data.num_classes == 10
+    columns = [data.attribute_names.index(f"shape={name}") for name in data.class_names]
+    assert np.array_equal(data.attributes[:, columns].argmax(axis=1), data.labels)
+
+
+def test_one_vs_rest_columns_sum_to_one_and_independent_factors_are_uncorrelated(data):
+    factors = [name.split("=")[0] for name in data.attribute_names]
+    for factor in ("shape", "hue", "background", "texture", "fill", "second"):
+        columns = [i for i, f in enumerate(factors) if f == factor]
+        assert (data.attributes[:, columns].sum(axis=1) == 1).all()
+    correlation = np.corrcoef(data.attributes.T)
+    across = np.array([[a != b or a == "position" for b in factors] for a in factors])
+    np.fill_diagonal(across, False)
+    assert np.abs(correlation[across]).max() < 5 / np.sqrt(len(data))
+    assert abs(data.attributes[:, data.attribute_names.index("second=none")].mean() - 0.5) < 0.03
+
+
+def test_plain_backgrounds_have_the_colour_of_their_name_times_light(data):
+    for name, colour in BACKGROUNDS.items():
+        rows = select(data, background=name, texture="plain", second="none")
+        assert len(rows) > 20
+        corner = data.images[rows, 0, 0] / 255
+        assert np.abs(corner - data.factors["light"][rows, None] * np.array(colour)).max() < 0.51 / 255
+
+
+def test_solid_objects_have_the_hue_of_their_name_at_their_centre(data):
+    for name, colour in HUES.items():
+        rows = select(data, hue=name, shape="square", fill="solid", second="none")
+        at = np.rint(np.stack([data.factors["y"][rows], data.factors["x"][rows]]) / 2 - 0.5).astype(int)
+        centre = data.images[rows, at[0], at[1]] / 255
+        wanted = np.clip(data.factors["light"][rows, None] * np.array(colour), 0, 1)
+        assert len(rows) > 5 and np.abs(centre - wanted).max() < 0.51 / 255
+
+
+def coverage(data, rows):
+    """Coverage per pixel (n, 32, 32) of solid objects on plain backgrounds, from the colours alone."""
+    hues, backgrounds = np.array(list(HUES.values())), np.array(list(BACKGROUNDS.values()))
+    light = data.factors["light"][rows, None]
+    back = light * backgrounds[data.factors["background"][rows]]
+    front = light * hues[data.factors["hue"][rows]]
+    channel = np.argmax(np.where(front <= 1, front - back, -1), axis=1)  # one that light does not saturate
+    take = np.arange(len(rows)), channel
+    image = data.images[rows].transpose(0, 3, 1, 2)[take] / 255
+    return (image - back[take][:, None, None]) / (front - back)[take][:, None, None]
+
+
+@pytest.mark.parametrize("shape, area", [("disk", np.pi * 0.9 ** 2), ("square", 1.56 ** 2),
+                                         ("triangle", 0.75 * np.sqrt(3)), ("ring", 4 * np.pi * 0.68 * 0.27)])
+def test_area_and_centre_of_objects_follow_size_and_position(data, shape, area):
+    rows = select(data, shape=shape, fill="solid", texture="plain", second="none")
+    alpha = coverage(data, rows)
+    measured = alpha.sum(axis=(1, 2)) * 4  # a pixel is 2 x 2 units
+    assert len(rows) > 10 and np.abs(measured / (area * data.factors["size"][rows] ** 2) - 1).max() < 0.04
+    at = np.arange(32) * 2 + 1
+    for factor, axis in (("x", 1), ("y", 2)):
+        centre = (alpha.sum(axis=axis) * at).sum(axis=1) / alpha.sum(axis=(1, 2))
+        assert np.abs(centre - data.factors[factor][rows]).max() < 0.3
+
+
+def test_rotation_turns_clockwise_by_degrees(data):
+    """An arrow's centroid axis: the principal direction of its pixels is its shaft."""
+    rows = select(data, shape="arrow", fill="solid", texture="plain", second="none")
+    alpha, at = coverage(data, rows), np.arange(32) * 2 + 1
+    x, y = (at - data.factors["x"][rows, None])[:, None, :], (at - data.factors["y"][rows, None])[:, :, None]
+    xx, yy, xy = ((alpha * m).sum(axis=(1, 2)) for m in (x * x, y * y, x * y))
+    angle = np.degrees(0.5 * np.arctan2(2 * xy, xx - yy))
+    assert np.abs(angle - data.factors["rotation"][rows]).max() < 4
+
+
+def test_second_object_is_where_and_what_the_factors_say(data):
+    """Images with and without it, all else equal, differ in the second object's area alone."""
+    from data import _render
+    for kind, area in (("disk", np.pi * 0.81), ("square", 1.56 ** 2), ("triangle", 0.75 * np.sqrt(3))):
+        rows = select(data, second=kind)[:50]
+        f = {k: v[rows] for k, v in data.factors.items()}
+        changed = (_render(f | {"second": np.zeros(len(rows), int)}, 32) != data.images[rows]).any(axis=3)
+        size, middle = f["second_size"], np.arange(32) * 2 + 1
+        assert (4 * changed.sum(axis=(1, 2)) >= 0.85 * area * size ** 2).all()
+        assert (4 * changed.sum(axis=(1, 2)) <= area * (size + 3.5) ** 2).all()  # edge pixels count
+        far = np.hypot(middle[None, None, :] - f["second_x"][:, None, None],
+                       middle[None, :, None] - f["second_y"][:, None, None])
+        assert not changed[far > 1.2 * size[:, None, None] + 2].any()
+    assert set(SECONDS) == {"none", "disk", "square", "triangle"}
+
+
+def test_thresholded_attributes_are_their_factors(data):
+    bounds = {"position=right": ("x", 32), "position=low": ("y", 32), "size=large": ("size", 21.5)}
+    for name, (factor, bound) in bounds.items():
+        column = data.attributes[:, data.attribute_names.index(name)]
+        assert np.array_equal(column, data.factors[factor] > bound)
+
+
+def test_objects_stand_out_from_every_background(data):
+    light, dark = np.array(list(HUES.values())), np.array(list(BACKGROUNDS.values()))
+    for back in (dark, dark + 0.25 * (1 - dark)):  # both tones of the textures
+        assert np.linalg.norm(light[:, None] - back[None], axis=-1).min() > 0.35
+
+
+def test_twice_the_resolution_shows_the_same_scenes():
+    fine, coarse = Shapes(200, seed=5, size=64).images.astype(float), Shapes(200, seed=5).images.astype(float)
+    small = fine.reshape(200, 32, 2, 32, 2, 3).mean(axis=(2, 4))
+    assert np.abs(small - coarse).mean() < 2.5  # of 255; other scenes differ by about 70
+
+
+def test_items_are_the_images_channels_first(data):
+    images, labels = data.__getitems__([5, 2, 5])
+    assert images.dtype == torch.uint8 and images.shape == (3, 3, 32, 32) and labels.dtype == torch.int64
+    assert np.array_equal(images.numpy().transpose(0, 2, 3, 1), data.images[[5, 2, 5]])
+    assert labels.tolist() == data.labels[[5, 2, 5]].tolist()
+
+
+@pytest.mark.parametrize("wrong", [{"num": 0}, {"num": 5, "split": "test"}, {"num": 5, "size": 4},
+                                   {"num": 5, "seed": -1}])
+def test_wrong_arguments_say_what_is_wanted(wrong):
+    with pytest.raises(ValueError, match="split is 'test'|want num >= 1"):
+        Shapes(**wrong)

@@ -1,0 +1,423 @@
+"""The training scripts: resume, micro-batches, two processes, NaN batches, the numbers they log, every flag's branch.
+
+Run: ./test.sh tests/test_train.py (about 2 minutes on 2 cores). The models are tiny, the images are 32 px PNGs that
+the test writes, the teacher is the shipped one; two-process runs use torchrun with gloo on the CPU.
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+import encode
+import sample
+import train_sit
+import train_vae
+
+VAE = ["--vae", "tiny", "--init", "none", "--teacher", "shapes", "--lpips", "0", "--image-size", "32", "--device", "cpu",
+       "--dtype", "fp32", "--workers", "0", "--batch-size", "16", "--bn-group", "4", "--log-every", "1", "--lr", "1e-3"]
+SIT = ["--model", "tiny/1", "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--batch-size", "16", "--log-every", "1",
+       "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 40 coloured noise pictures in two classes."""
+    root = tmp_path_factory.mktemp("pictures") / "train"
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        folder = root / ("cat", "dog")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((32, 32), Image.BICUBIC).save(folder / f"{i:02d}.png")
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory):
+    """A VAE of three steps, its latents, and a SiT of three steps: (folder, vae, latents, sit)."""
+    folder = tmp_path_factory.mktemp("trained")
+    vae, latents, sit = (str(folder / name) for name in ("vae", "latents", "sit"))
+    train_vae.main(["--data", pictures, *VAE, "--steps", "3", "--out", vae])
+    encode.main(["--data", pictures, "--vae", vae, "--image-size", "32", "--workers", "0", "--device", "cpu", "--out",
+                 latents, "--shard-size", "16"])
+    train_sit.main(["--latents", latents, *SIT, "--steps", "3", "--out", sit])
+    return folder, vae, latents, sit
+
+
+def newest(folder):
+    return common.load_checkpoint(common.resolve_checkpoint(folder))
+
+
+def rows(folder):
+    return [json.loads(line) for line in open(f"{folder}/log.jsonl")]
+
+
+def assert_same(a, b, path=""):
+    """Every tensor bit-equal, every value equal, recursively."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f"{path}: differ by {(a - b).abs().max()}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+TRAINING_STATE = ("step", "images_seen", "model", "ema", "mapper", "discriminator", "optimizer", "optimizer_disc")
+
+
+def assert_same_run(a, b):
+    for key in TRAINING_STATE:
+        assert_same(a.get(key), b.get(key), key)
+
+
+def assert_same_gradient(a, b, optimizer, tolerance=2e-5):
+    """Adam's first moments after one step are the gradients; compare those, since where a gradient is zero but
+    for rounding (a bias before a norm) Adam turns the rounding into a step of full size."""
+    a, b = (state[optimizer]["state"] for state in (a, b))
+    assert a.keys() == b.keys() and len(a) > 0
+    largest = max(float(entry["exp_avg"].abs().max()) for entry in a.values())
+    for key in a:
+        difference = float((a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max())
+        assert difference <= tolerance * largest, f"gradient {key} differs by {difference} of {largest}"
+
+
+def torchrun(script, *args, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_vae_run_that_was_stopped_continues_bit_for_bit(pictures, tmp_path):
+    """4 steps at once against 2 + 2 (the second command resumes); GAN, mapper and BatchNorm included."""
+    flags = ["--data", pictures, *VAE, "--gan", "0.1", "--eval-every", "2"]
+    train_vae.main([*flags, "--steps", "4", "--out", str(tmp_path / "whole")])
+    for steps in ("2", "4"):
+        train_vae.main([*flags, "--steps", steps, "--out", str(tmp_path / "parts")])
+    assert_same_run(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
+def test_sit_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path):
+    flags = ["--latents", trained[2], *SIT]
+    train_sit.main([*flags, "--steps", "4", "--out", str(tmp_path / "whole")])
+    for steps in ("2", "4"):
+        train_sit.main([*flags, "--steps", steps, "--out", str(tmp_path / "parts")])
+    assert_same_run(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
+def test_evaluation_does_not_change_training(pictures, tmp_path):
+    for name, every in (("often", "1"), ("never", "0")):
+        train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--steps", "2", "--eval-every", every, "--out",
+                        str(tmp_path / name)])
+    assert_same_run(newest(tmp_path / "often"), newest(tmp_path / "never"))
+
+
+def test_vae_step_does_not_depend_on_the_micro_batch(pictures, tmp_path):
+    """Discriminator and mapper have BatchNorm, so this fails unless its groups are fixed."""
+    for micro in ("16", "4"):
+        train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--steps", "1", "--micro-batch-size", micro, "--out",
+                        str(tmp_path / micro)])
+    one, four = newest(tmp_path / "16"), newest(tmp_path / "4")
+    assert_same_gradient(one, four, "optimizer")
+    assert_same_gradient(one, four, "optimizer_disc")
+    for part in ("mapper", "discriminator"):
+        for key, value in one[part].items():
+            if "running" in key:
+                assert torch.allclose(value, four[part][key], atol=1e-6), key
+
+
+def test_sit_step_does_not_depend_on_the_micro_batch(trained, tmp_path):
+    for micro in ("16", "4"):
+        train_sit.main(["--latents", trained[2], *SIT, "--steps", "1", "--micro-batch-size", micro, "--out",
+                        str(tmp_path / micro)])
+    assert_same_gradient(newest(tmp_path / "16"), newest(tmp_path / "4"), "optimizer")
+
+
+def test_two_processes_take_the_same_vae_step_as_one(pictures, tmp_path):
+    flags = ["--data", pictures, *VAE, "--gan", "0.1", "--steps", "1"]
+    train_vae.main([*flags, "--out", str(tmp_path / "one")])
+    torchrun("train_vae.py", *flags, "--out", tmp_path / "two")
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    assert_same_gradient(one, two, "optimizer")
+    assert_same_gradient(one, two, "optimizer_disc")
+    for part in ("mapper", "discriminator"):
+        for key, value in one[part].items():
+            if "running" in key:
+                assert torch.allclose(value, two[part][key], atol=1e-6), key
+    logs = [next(row for row in rows(tmp_path / name) if "loss" in row) for name in ("one", "two")]
+    for key in ("loss", "rec", "kl", "align", "gan", "disc", "grad_norm"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4), key
+
+
+def test_two_processes_take_the_same_sit_step_and_encode_and_sample_the_same(pictures, trained, tmp_path):
+    _, vae, latents, sit = trained
+    train_sit.main(["--latents", latents, *SIT, "--steps", "1", "--out", str(tmp_path / "one")])
+    torchrun("train_sit.py", "--latents", latents, *SIT, "--steps", "1", "--out", tmp_path / "two")
+    assert_same_gradient(newest(tmp_path / "one"), newest(tmp_path / "two"), "optimizer")
+    torchrun("encode.py", "--data", pictures, "--vae", vae, "--image-size", "32", "--workers", "0", "--device", "cpu",
+             "--out", tmp_path / "latents", "--shard-size", "16")
+    for name in sorted(os.listdir(latents)):
+        if name.endswith(".npy"):
+            ours, theirs = np.load(f"{latents}/{name}"), np.load(tmp_path / "latents" / name)
+            assert np.allclose(ours, theirs, atol=1e-5), name
+    flags = ["--ckpt", sit, "--num", "5", "--steps", "3", "--device", "cpu", "--dtype", "fp32", "--npz"]
+    sample.main([*flags, "--out", str(tmp_path / "s1")])
+    torchrun("sample.py", *flags, "--out", tmp_path / "s2")
+    images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("s1", "s2")]
+    assert images[0].shape == images[1].shape == (5, 32, 32, 3)
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_batch_size_does_not_change_a_sample_and_the_seed_does(trained, tmp_path):
+    flags = ["--ckpt", trained[3], "--num", "7", "--steps", "4", "--cfg", "1.5", "--device", "cpu", "--dtype", "fp32", "--npz"]
+    outs = {}
+    for name, more in (("a", ["--batch-size", "7"]), ("b", ["--batch-size", "2"]), ("c", ["--seed", "1"]),
+                       ("d", ["--num", "3"])):
+        sample.main([*flags, *more, "--out", str(tmp_path / name)])
+        outs[name] = np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int)
+    assert np.abs(outs["a"] - outs["b"]).max() <= 1
+    assert np.abs(outs["a"][:3] - outs["d"]).max() <= 1
+    assert np.abs(outs["a"] - outs["c"]).mean() > 1
+
+
+def test_sampling_again_from_the_protocol_alone_gives_the_same_bits(trained, tmp_path):
+    sample.main(["--ckpt", trained[3], "--num", "4", "--steps", "3", "--sampler", "heun", "--cfg", "2", "--cfg-interval", "0.2",
+                 "0.8", "--labels", "random", "--seed", "5", "--device", "cpu", "--npz", "--out", str(tmp_path / "a")])
+    protocol = json.loads((tmp_path / "a" / "protocol.json").read_text())
+    for key in ("checkpoint_sha256", "vae_hash", "latent_statistics_sha256", "weights", "nfe", "sampler", "steps", "cfg",
+                "cfg_interval", "guided_channels", "labels", "seed", "num_images", "autocast", "torch"):
+        assert key in protocol, key
+    flags = [f"--{key.replace('_', '-')}={protocol[key]}" for key in ("weights", "sampler", "steps", "cfg", "labels", "seed",
+                                                                     "device", "dtype", "batch_size")]
+    sample.main(["--ckpt", protocol["checkpoint"], "--num", str(protocol["num_images"]), "--cfg-interval",
+                 *map(str, protocol["cfg_interval"]), *flags, "--npz", "--out", str(tmp_path / "b")])
+    first, second = (np.load(tmp_path / name / "samples.npz") for name in ("a", "b"))
+    assert np.array_equal(first["arr_0"], second["arr_0"]) and np.array_equal(first["arr_1"], second["arr_1"])
+
+
+def test_logged_loss_is_the_sum_of_its_weighted_terms(pictures, tmp_path):
+    train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--align", "0.7", "--kl", "1e-3", "--rec", "l2", "--steps", "2",
+                    "--out", str(tmp_path)])
+    for row in rows(tmp_path):
+        if "loss" in row:
+            total = row["rec"] + 1e-3 * row["kl"] + 0.1 * row["gan"] + 0.7 * row["align"]
+            assert row["loss"] == pytest.approx(total, rel=1e-6)
+            assert row["lr"] == pytest.approx(1e-3)
+
+
+def run_of(pictures, tmp_path, *flags):
+    """A train_vae.Run that has not started, and one batch of its data."""
+    args = train_vae.parse_args(["--data", pictures, *VAE, "--steps", "9", "--out", str(tmp_path), *flags])
+    torch.manual_seed(0)
+    run = train_vae.Run(args, common.setup("cpu"), train_vae.build(args, 32), 9)
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return run, (images, torch.zeros(16, dtype=torch.int64), torch.arange(16), torch.arange(16))
+
+
+def snapshot(run):
+    return {k: v.clone() for m in (run.vae, run.mapper, run.critic) if m is not None for k, v in m.state_dict().items()
+            if "num_batches" not in k}
+
+
+def test_nan_batch_changes_neither_weights_nor_statistics_nor_ema(pictures, tmp_path, monkeypatch):
+    run, batch = run_of(pictures, tmp_path, "--gan", "0.1")
+    meter = common.Meter()
+    assert not run.train_step([batch], meter)
+    before, ema = snapshot(run), common.EMA(run.vae, 0.9)
+    ema_before = {k: v.clone() for k, v in ema.state.items()}
+    monkeypatch.setattr(train_vae.data, "to_float", lambda images: images.float() * float("nan"))
+    skipped = run.train_step([batch], meter)
+    ema.update(run.vae, 5, skipped)
+    assert skipped
+    assert_same(before, snapshot(run))
+    assert_same(ema_before, ema.state)
+    monkeypatch.undo()
+    assert not run.train_step([batch], meter)
+    assert any(not torch.equal(before[k], v) for k, v in snapshot(run).items())
+
+
+def test_run_of_bad_steps_stops_and_names_the_term(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae.data, "to_float", lambda images: images.float() * float("nan"))
+    with pytest.raises(RuntimeError, match="3 steps in a row skipped.*first non-finite term: loss"):
+        train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "9", "--stop-after-bad", "3", "--out", str(tmp_path)])
+
+
+def test_discriminator_enters_the_vae_loss_only_after_its_warmup(pictures, tmp_path):
+    """Before disc_start + disc_warmup the VAE's step equals, bit for bit, the one without a GAN."""
+    runs = [run_of(pictures, tmp_path, *flags)[0] for flags in (["--gan", "0"], ["--gan", "0.1", "--disc-start", "1",
+                                                                                  "--disc-warmup", "1"])]
+    batch = run_of(pictures, tmp_path, "--gan", "0")[1]
+    plain, gan = runs
+    gan.vae.load_state_dict(plain.vae.state_dict())
+    gan.mapper.load_state_dict(plain.mapper.state_dict())
+    disc = {k: v.clone() for k, v in gan.critic.named_parameters()}
+    for step in range(3):
+        for run in runs:
+            run.train_step([batch], common.Meter())
+            run.step += 1
+        same = all(torch.equal(v, gan.vae.state_dict()[k]) for k, v in plain.vae.state_dict().items())
+        assert same == (step < 2), f"step {step}: the VAE {'has not' if same else 'has'} felt the discriminator"
+        moved = any(not torch.equal(disc[k], v) for k, v in gan.critic.named_parameters())
+        assert moved == (step >= 1), f"step {step}: the discriminator has {'' if moved else 'not '}moved"
+
+
+def test_align_zero_is_a_plain_vae_bit_for_bit(pictures, tmp_path):
+    """The mapper's loss reaches encoder and mapper, never decoder and teacher."""
+    run, batch = run_of(pictures, tmp_path, "--gan", "0", "--align", "1")
+    total, _, terms = run._vae_loss(train_vae.data.to_float(batch[0]), batch[3], False)
+    decoder = list(run.vae.decoder.parameters())
+    assert all(g is None for g in torch.autograd.grad(terms["align"], decoder, allow_unused=True, retain_graph=True))
+    assert any(g is not None and g.abs().sum() > 0
+               for g in torch.autograd.grad(terms["align"], list(run.vae.encoder.parameters()), allow_unused=True))
+    assert all(not p.requires_grad for p in run.teacher.parameters())
+    plain, _ = run_of(pictures, tmp_path, "--gan", "0", "--align", "0")
+    plain.vae.load_state_dict(run.vae.state_dict())
+    _, _, plain_terms = plain._vae_loss(train_vae.data.to_float(batch[0]), batch[3], False)
+    assert torch.equal(terms["rec"], plain_terms["rec"]) and torch.equal(terms["kl"], plain_terms["kl"])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--mapper", "linear"], ["--mapper-noise", "off"], ["--mapper-depth", "0"], ["--mapper-depth", "2"],
+    ["--gan", "0.1", "--gan-adaptive"], ["--rec", "l2"], ["--align", "0"], ["--checkpointing"], ["--warmup", "2"],
+    ["--cooldown", "2"], ["--grad-clip", "0"], ["--dtype", "bf16"], ["--disc-start", "1", "--gan", "0.1"]],
+    ids=lambda flags: " ".join(flags))
+def test_every_vae_flag_trains(pictures, tmp_path, flags):
+    train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "2", *flags, "--out", str(tmp_path)])
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--repa", "--teacher", "shapes", "--repa-block", "2"], ["--t-sampling", "lognormal"], ["--qk-norm"], ["--checkpointing"],
+    ["--label-dropout", "0"], ["--dtype", "bf16"], ["--warmup", "2", "--cooldown", "1"]], ids=lambda flags: " ".join(flags))
+def test_every_sit_flag_trains(trained, tmp_path, flags):
+    train_sit.main(["--latents", trained[2], *SIT, "--steps", "2", *flags, "--out", str(tmp_path)])
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert ("repa" in rows(tmp_path)[1]) == ("--repa" in flags)
+
+
+@pytest.mark.parametrize("script", ["train_vae.py", "train_sit.py", "encode.py", "sample.py"])
+def test_dry_run_prints_the_plan_and_writes_nothing(pictures, trained, tmp_path, script, capsys):
+    _, vae, latents, sit = trained
+    out = tmp_path / "out"
+    {"train_vae.py": lambda: train_vae.main(["--data", pictures, *VAE, "--dry-run", "--out", str(out)]),
+     "train_sit.py": lambda: train_sit.main(["--latents", latents, *SIT, "--dry-run", "--out", str(out)]),
+     "encode.py": lambda: encode.main(["--data", pictures, "--vae", vae, "--image-size", "32", "--device", "cpu",
+                                       "--dry-run", "--out", str(out)]),
+     "sample.py": lambda: sample.main(["--ckpt", sit, "--device", "cpu", "--dry-run", "--out", str(out)])}[script]()
+    printed = capsys.readouterr().out
+    assert "configuration: " in printed and "parameters" in printed and not out.exists()
+
+
+@pytest.mark.parametrize("command, message", [
+    (["train_vae.py"], "data/imagenet/train: no such folder.*quickstart.sh"),
+    (["train_vae.py", "--btach-size", "3"], "unrecognized arguments: --btach-size"),
+    (["train_sit.py", "--latents", "nowhere"], "nowhere"),
+    (["sample.py", "--ckpt", "nowhere"], "nowhere"),
+    (["encode.py", "--data", "shapes", "--vae", "nowhere"], "nowhere")], ids=lambda x: x[0] if isinstance(x, list) else "")
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, command, message):
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], "--device", "cpu"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()[-1]) < 400
+
+
+def test_other_model_flags_in_the_same_folder_are_refused(pictures, trained):
+    with pytest.raises(ValueError, match="other model flags"):
+        train_vae.main(["--data", pictures, *VAE, "--mapper-depth", "2", "--steps", "9", "--out", trained[1]])
+    with pytest.raises(ValueError, match="another model than the flags ask for"):
+        train_sit.main(["--latents", trained[2], *SIT, "--qk-norm", "--steps", "9", "--out", trained[3]])
+
+
+def test_guidance_without_label_dropout_is_refused(trained, tmp_path):
+    train_sit.main(["--latents", trained[2], *SIT, "--steps", "1", "--label-dropout", "0", "--out", str(tmp_path / "sit")])
+    with pytest.raises(ValueError, match="without label dropout"):
+        sample.main(["--ckpt", str(tmp_path / "sit"), "--cfg", "2", "--device", "cpu", "--out", str(tmp_path / "s")])
+
+
+def test_latents_of_another_vae_are_refused(pictures, trained, tmp_path):
+    other = str(tmp_path / "vae")
+    train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--align", "0", "--steps", "1", "--out", other])
+    with pytest.raises(ValueError, match="the SiT was trained on latents of VAE"):
+        sample.main(["--ckpt", trained[3], "--vae", other, "--device", "cpu", "--out", str(tmp_path / "s")])
+
+
+def test_sigterm_saves_and_the_same_command_continues(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "train_vae.py"), "--data", pictures, *VAE, "--gan", "0", "--steps", "100000",
+               "--save-every", "100000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "log.jsonl").exists() or len(rows(tmp_path)) < 4:
+        time.sleep(0.2)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command continues" in out
+    assert newest(tmp_path)["step"] >= 3
+
+
+def test_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    for step in (1, 2):
+        common.save_checkpoint(tmp_path / f"ckpt_{step:07d}.pt", {"format": "x", "step": step})
+    path = tmp_path / "ckpt_0000002.pt"
+    path.write_bytes(path.read_bytes()[:200])
+    assert common.latest_checkpoint(tmp_path, "x")[1]["step"] == 1
+    assert "ckpt_0000002.pt" in capsys.readouterr().out
+
+
+def test_failed_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "ckpt_0000001.pt"
+    common.save_checkpoint(path, {"format": "x", "step": 1})
+    with pytest.raises(Exception, match="pickle|local"):
+        common.save_checkpoint(path, {"format": "x", "bad": lambda: None})
+    assert common.load_checkpoint(path, "x")["step"] == 1 and os.listdir(tmp_path) == [path.name]
+
+
+def test_ema_warms_up_and_follows_its_recursion():
+    model = torch.nn.Linear(3, 3)
+    ema = common.EMA(model, 0.9999)
+    start, expected = model.weight.detach().clone(), model.weight.detach().clone()
+    no = torch.tensor(False)
+    for step in range(1, 1001):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        ema.update(model, step, no)
+        decay = min(0.9999, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert torch.allclose(ema.state["weight"], expected, rtol=1e-4)
+    kept = np.prod([min(0.9999, (1 + s) / (10 + s)) for s in range(1, 1001)])
+    assert kept < 0.01 and start.shape == (3, 3)
+
+
+def test_noise_of_a_row_depends_on_seed_step_and_row_alone():
+    device = torch.device("cpu")
+    whole = common.noise_for((3, 4), range(8), device, 0, "a", 5)
+    assert torch.equal(whole[2:5], common.noise_for((3, 4), range(2, 5), device, 0, "a", 5))
+    for other in ((1, "a", 5), (0, "b", 5), (0, "a", 6)):
+        assert not torch.equal(whole, common.noise_for((3, 4), range(8), device, *other))
+    many = common.noise_for((64,), range(2000), device, 0, "a", 5)
+    assert abs(float(many.mean())) < 0.015 and abs(float(many.std()) - 1) < 0.01
+
+
+def test_batch_that_does_not_fit_says_which_one_does():
+    assert common.plan_batch(256, 32, 2) == (32, 4)
+    with pytest.raises(ValueError, match="try --batch-size 288"):
+        common.plan_batch(256, 32, 3)

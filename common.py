@@ -318,7 +318,7 @@ def versions() -> dict:
     """Return what produced a file: torch, python, git commit (empty outside a checkout)."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True)
-    return {"torch": torch.__version__, "python": sys.version.split()[0], "commit": commit.stdout.strip()}
+    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit.stdout.strip()}
 
 
 def check_same(module: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Networks in whose features fid.py compares images: Inception, the embedded set's judge, any timm model.
 
-    net = load_inception()                                  # the published weights, or an error that names them
-    pool3 = net(images_u8)["2048"]                          # images uint8 (B, 3, H, W), B images
-    features, class_logits = load_shapes_judge()(x)         # x (B, 3, 32, 32) in [-1, 1]
+    features = Extractor("inception")(images_u8)["features"]    # images uint8 (B, 3, H, W), features (B, D)
+
+Weights come from a file or a local cache, or there is an error that names them: never random.
 """
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def resize_tf1(x: Tensor, size: int) -> Tensor:
 class FIDInception(nn.Module):
     """Inception-v3 of TensorFlow's 2015-12-05 graph under pytorch-fid's key names; random until loaded.
 
-    resize, to 299 px: "tf1" (ADM, torch-fidelity) or "pytorch-fid" (half-pixel centres). The layers are timm's;
-    unlike them the graph averages without counting the padding, and its last block pools by maximum.
+    resize, to 299 px: "tf1" (ADM, torch-fidelity) or "pytorch-fid" (half-pixel centres). The layers are
+    timm's; unlike them the graph averages without counting the padding, and its last block takes the maximum.
     """
     LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Pool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
               "Pool2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d",
@@ -47,14 +47,18 @@ class FIDInception(nn.Module):
 
     def preprocess(self, images_u8: Tensor) -> Tensor:
         """Map uint8 (B, 3, H, W) to (B, 3, 299, 299) in about [-1, 1], in the type of the weights."""
-        x = images_u8.to(self.fc.weight.dtype)
+        dtype = self.fc.weight.dtype
         if self.resize == "tf1":
-            return (resize_tf1(x, 299) - 128) / 128
+            return ((resize_tf1(images_u8.float(), 299) - 128) / 128).to(dtype)
+        x = images_u8.to(dtype)
         return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
     def forward(self, images_u8: Tensor) -> dict:
-        """Return a dict for uint8 images (B, 3, H, W): spatial means "64", "192", "768" and "2048" (pool3);
-        "spatial" (B, 2023) for sFID; "logits" (B, 1008); "logits_unbiased", without the bias, for ADM's IS."""
+        """Return the activations of uint8 images (B, 3, H, W), each (B, D).
+
+        "64", "192", "768", "2048" (pool3): means over positions; "spatial" (2023): for sFID; "logits" (1008);
+        "logits_unbiased": without the layer's bias, as ADM's Inception Score takes them.
+        """
         x, out = self.preprocess(images_u8), {}
         for name in self.LAYERS:
             layer, before = getattr(self, name), x
@@ -81,9 +85,10 @@ def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; FID wants {INCEPTION_FILE} (its sha256 begins with "
                                 f"6726825d) from {INCEPTION_URL}: put it there, or give --inception FILE")
-    net = FIDInception(resize)
+    with torch.device("meta"):  # no time spent on initial weights
+        net = FIDInception(resize)
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
         raise ValueError(f"{path}: not {INCEPTION_FILE} ({type(error).__name__}: "
                          f"{str(error).splitlines()[0][:80]}); fetch it from {INCEPTION_URL}") from error
@@ -134,33 +139,55 @@ def load_shapes_judge(path=JUDGE_FILE) -> ShapesJudge:
     return judge.eval()
 
 
-class TimmFeatures(nn.Module):
-    """Pooled features (B, D) of a timm model for uint8 images (B, 3, H, W), resized (bicubic) to its own size.
+def load_timm(name: str, weights=None) -> nn.Module:
+    """Return a timm model without classifier, eval mode, CPU; weights: local file, None fetches from the hub.
 
-    weights: local file, None fetches from the hub. Raises ValueError for an unknown name, FileNotFoundError if
-    the weights cannot be had.
+    Raises ValueError for an unknown name, FileNotFoundError if the weights cannot be had.
+    """
+    import timm
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"--features-weights {weights}: no such file")
+    size = {"img_size": 224} if "dinov2" in name else {}  # FD-DINOv2, arXiv:2306.04675; timm would take 518
+    overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, **size, **overlay).eval()
+    except RuntimeError as error:
+        raise ValueError(f"--features {name}: {str(error).splitlines()[0]}; want inception, shapes or a "
+                         "timm model") from error
+    except OSError as error:
+        raise FileNotFoundError(f"--features {name}: weights neither cached nor to be had from the hub "
+                                f"(huggingface.co/timm/{name}); give --features-weights FILE") from error
+
+
+class Extractor(nn.Module):
+    """A feature network by name: uint8 images (B, 3, H, W) -> {"features": (B, D), ...}; frozen, eval mode.
+
+    name: "inception" (which also gives "spatial" and "logits"), "shapes" (the embedded set's judge; also
+    "class_logits"), or a timm model (pooled features, images resized to its own size). weights: local file.
+    resize: for Inception. .label names the distance, .resize says what was done.
     """
 
-    def __init__(self, name: str, weights=None):
+    def __init__(self, name: str, weights=None, resize: str = "tf1"):
         super().__init__()
-        import timm
-        if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"--features-weights {weights}: no such file")
-        size = {"img_size": 224} if "dinov2" in name else {}  # FD-DINOv2, arXiv:2306.04675; timm would take 518
-        try:
-            self.net = timm.create_model(name, pretrained=True, num_classes=0, **size,
-                                         pretrained_cfg_overlay={"file": str(weights)} if weights else {})
-        except RuntimeError as error:
-            raise ValueError(f"--features {name}: {str(error).splitlines()[0]}; want inception, shapes, or a timm "
-                             f"model and its weights") from error
-        except OSError as error:
-            raise FileNotFoundError(f"--features {name}: weights neither cached nor to be had from the hub "
-                                    f"(huggingface.co/timm/{name}); give --features-weights FILE") from error
-        config = timm.data.resolve_model_data_config(self.net)
-        self.size = config["input_size"][1:]
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        self.name = name
+        if name == "inception":
+            self.net, self.label, self.resize = load_inception(weights, resize), "FID", resize
+        elif name == "shapes":
+            self.net, self.label, self.resize = load_shapes_judge(), "FD-judge", "none"
+        else:
+            self.net, self.label = load_timm(name, weights), f"FD-{name}"
+            from timm.data import resolve_model_data_config
+            config = resolve_model_data_config(self.net)
+            self.size, self.resize = config["input_size"][1:], f"bicubic to {config['input_size'][1]}"
+            for key in ("mean", "std"):
+                self.register_buffer(key, torch.tensor(config[key]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
 
-    def forward(self, images_u8: Tensor) -> Tensor:
+    def forward(self, images_u8: Tensor) -> dict:
+        if self.name == "inception":
+            out = self.net(images_u8)
+            return {"features": out["2048"], "spatial": out["spatial"], "logits": out["logits_unbiased"]}
+        if self.name == "shapes":
+            return dict(zip(("features", "class_logits"), self.net(images_u8.float() / 127.5 - 1)))
         x = F.interpolate(images_u8.float() / 255, size=self.size, mode="bicubic", antialias=True).clamp(0, 1)
-        return self.net((x - self.mean) / self.std)
+        return {"features": self.net((x - self.mean) / self.std)}

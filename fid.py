@@ -5,10 +5,10 @@
     python fid.py stats data/imagenet/train --out train256.npz              # a reference file of one's own
     python fid.py gfid shapes samples/samples.npz --features shapes         # the embedded set, by its judge
 
-REF and SAMPLES: "shapes" (the embedded validation set), a folder of images, an npz file of images (arr_0, labels
-arr_1: ADM's), REF also a file of statistics (ours, or mu, sigma, mu_s, sigma_s: ADM's). Measures are those of
-ADM's evaluator (arXiv:2105.05233): TF1 resize, softmax without bias, splits of 5,000, k = 3; but in fp64.
-Letters: n or B images, D features.
+REF and SAMPLES: "shapes" (the embedded validation set), a folder of images, an npz file of images (arr_0,
+labels arr_1: ADM's), REF also a file of statistics (ours, or mu, sigma, mu_s, sigma_s: ADM's). Measures are
+those of ADM's evaluator (arXiv:2105.05233): TF1 resize, softmax without bias, splits of 5,000, k = 3; but in
+fp64. Letters: n or B images, D features.
 """
 import argparse
 import json
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import common
 import data
-from features import INCEPTION_FILE, FIDInception, TimmFeatures, load_inception, load_shapes_judge
+from features import INCEPTION_FILE, Extractor, FIDInception
 from losses import LPIPS
 from vae import load_vae
 
@@ -38,8 +38,8 @@ MUST_MATCH = ("extractor", "weights", "resize", "image_size", "dimensions")
 class FeatureStats:
     """Streaming mean and covariance of features (B, D), from sums of x and of x x^T in fp64.
 
-    .n is None where a file does not say (ADM's); .meta says what was measured how; .rows {name: (n, ...)} is what
-    was kept of each image, complete after all_reduce().
+    .n is None where a file does not say (ADM's); .meta says what was measured how; .rows {name: (n, ...)} is
+    what was kept of each image, complete after all_reduce().
     """
 
     def __init__(self, meta: dict | None = None, keep_every: int = 0):
@@ -49,8 +49,8 @@ class FeatureStats:
     def update(self, outputs) -> None:
         """Add a batch: features (B, D), or a dict of them and others. Raises ValueError if D changes.
 
-        "features" and "spatial" enter the moments; rows are kept of each keep_every-th of the features (0 = none)
-        and of all other entries.
+        "features" and "spatial" enter the moments; rows are kept of every other entry, and of each
+        keep_every-th of the features (0: none).
         """
         outputs = outputs if isinstance(outputs, dict) else {"features": outputs}
         for name, x in outputs.items():
@@ -67,7 +67,7 @@ class FeatureStats:
         self.n += len(outputs["features"])
 
     def all_reduce(self) -> "FeatureStats":
-        """Join the rows, and all processes' statistics in the order of their ranks. Call once; returns self."""
+        """Join the rows, and all processes' statistics in the order of the ranks; call once. Returns self."""
         self.rows = {name: torch.cat(parts) for name, parts in self.rows.items()}
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
@@ -80,7 +80,9 @@ class FeatureStats:
 
     def mean(self, name: str = "features") -> np.ndarray:
         """Return the mean (D,), fp64."""
-        return self.moments[name][0] if name in self.moments else (self.sums[name][0] / self.n).cpu().numpy()
+        if name in self.moments:
+            return self.moments[name][0]
+        return (self.sums[name][0] / self.n).cpu().numpy()
 
     def cov(self, name: str = "features") -> np.ndarray:
         """Return the covariance (D, D), fp64, as np.cov(rowvar=False). Raises ValueError for one image."""
@@ -92,7 +94,7 @@ class FeatureStats:
         return ((outer - torch.outer(total, total) / self.n) / (self.n - 1)).cpu().numpy()
 
     def save(self, path) -> None:
-        """Write mu, sigma (mu_s, sigma_s), features, n, meta as npz; ADM's and pytorch-fid's tools read it."""
+        """Write mu, sigma (mu_s, sigma_s), features, n, meta as npz; pytorch-fid and ADM's tools read it."""
         arrays = {"mu": self.mean(), "sigma": self.cov(), "n": self.n, "meta": json.dumps(self.meta)}
         if "spatial" in self.sums:
             arrays |= {"mu_s": self.mean("spatial"), "sigma_s": self.cov("spatial")}
@@ -109,14 +111,14 @@ class FeatureStats:
         """Read a file of statistics: ours, ADM's, or pytorch-fid's. Raises ValueError for another file."""
         file = np.load(path, allow_pickle=False)
         if not {"mu", "sigma"} <= {*file.files}:
-            raise ValueError(f"{path} has {', '.join(file.files)}; want mu, sigma: python fid.py stats DIR --out FILE")
+            raise ValueError(f"{path} has {', '.join(file.files)}; want mu, sigma: python fid.py stats -h")
         adm = {"extractor": "inception", "resize": "tf1"} if "mu_s" in file.files else {}
         meta = json.loads(str(file["meta"])) if "meta" in file.files else adm
         stats = cls({"name": Path(path).stem, **meta})
         stats.n = int(file["n"]) if "n" in file.files else None
         for name, end in (("features", ""), ("spatial", "_s")):
             if "mu" + end in file.files:
-                stats.moments[name] = file["mu" + end].astype(np.float64), file["sigma" + end].astype(np.float64)
+                stats.moments[name] = tuple(file[key + end].astype(np.float64) for key in ("mu", "sigma"))
         if "features" in file.files:
             stats.rows["features"] = torch.from_numpy(file["features"])
         return stats
@@ -127,24 +129,26 @@ def check_comparable(reference: FeatureStats, samples: FeatureStats) -> None:
     a, b = ({**stats.meta, "dimensions": len(stats.mean())} for stats in (reference, samples))
     for key in MUST_MATCH:
         if key in a and key in b and a[key] != b[key]:
-            raise ValueError(f"{key} differs: {a.get('name', 'reference')} has {a[key]}, {b.get('name', 'samples')} "
-                             f"has {b[key]}; measure both alike (--features --resize --image-size)")
+            raise ValueError(f"{key} differs: {a.get('name', 'reference')} has {a[key]}, "
+                             f"{b.get('name', 'samples')} has {b[key]}; measure both alike (--features, "
+                             f"--resize, --image-size)")
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) in fp64 (arXiv:1706.08500); mu (D,), sigma (D, D).
 
-    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, where S1 = R R^T: symmetric, so
-    always real, also for covariances of fewer than D images. Raises ValueError for shapes that differ, or NaN.
+    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, where S1 = R R^T: symmetric,
+    so always real, also for covariances of fewer than D images. Raises ValueError for other shapes, or NaN.
     """
-    mu1, s1, mu2, s2 = (torch.as_tensor(np.asarray(a), dtype=torch.float64) for a in (mu1, sigma1, mu2, sigma2))
+    moments = [torch.as_tensor(np.asarray(a), dtype=torch.float64) for a in (mu1, sigma1, mu2, sigma2)]
+    mu1, s1, mu2, s2 = moments
     if mu1.shape != mu2.shape or not s1.shape == s2.shape == (len(mu1), len(mu1)):
-        shapes = [tuple(a.shape) for a in (mu1, s1, mu2, s2)]
-        raise ValueError(f"moments have shapes {shapes}; want (D,), (D, D), (D,), (D, D)")
-    if not all(a.isfinite().all() for a in (mu1, s1, mu2, s2)):
+        raise ValueError(f"moments have shapes {[tuple(a.shape) for a in moments]}; want (D,), (D, D) twice")
+    if not all(a.isfinite().all() for a in moments):
         raise ValueError("features are not finite; check the images and the feature network")
     values, vectors = torch.linalg.eigh(s1)
-    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps  # roots of rounding errors add up
+    # Rounding errors of 1e-16 would become 1e-8 under the root, and there are up to D of them.
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     root = vectors[:, kept] * values[kept].sqrt()  # (D, rank)
     cross = torch.linalg.eigvalsh(root.T @ s2 @ root).clamp_min(0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
@@ -169,11 +173,11 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)
 
 
-def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int = 1000) -> tuple[float, float]:
-    """Share of samples near the reference, share of references near the samples (arXiv:1904.06991); (n, D) each.
+def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int = 1000) -> tuple:
+    """Share of samples near the reference, and of references near the samples (arXiv:1904.06991); (n, D).
 
-    Near: no farther from some point of the other set than that point's k-th neighbour there. As ADM's evaluator,
-    whose fp16 distances move the third decimal; here fp64. Raises ValueError for sets of k or fewer.
+    Near: no farther from some point of the other set than that point's k-th neighbour there. As ADM's
+    evaluator, whose fp16 distances move the third decimal; here fp64. Raises ValueError for k or fewer rows.
     """
     sets = [rows.double() for rows in (reference, samples)]
     if min(map(len, sets)) <= k:
@@ -183,7 +187,8 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int 
         return torch.cat([function(part) for part in points.split(block)])
     shares = []
     for rows, points in (sets, sets[::-1]):
-        radii = blockwise(lambda part: squared_distances(part, rows).kthvalue(k + 1).values, rows)  # k + 1: itself
+        # k + 1: the first neighbour of a row is the row itself
+        radii = blockwise(lambda part: squared_distances(part, rows).kthvalue(k + 1).values, rows)
         near = blockwise(lambda part: (squared_distances(part, rows) <= radii).any(1), points)
         shares.append(float(near.double().mean()))
     return tuple(shares)
@@ -193,14 +198,14 @@ def kernel_distance(reference: Tensor, samples: Tensor, subsets: int = 100, subs
                     seed: int = 2020) -> tuple[float, float]:
     """KID (arXiv:1801.01401): unbiased MMD^2, kernel (x.y / D + 1)^3: mean and std over random subsets.
 
-    Features (n, D) each. Kernel and subsets are torch-fidelity's. Raises ValueError for sets below subset_size.
+    Features (n, D) each. Kernel and subsets are torch-fidelity's. Raises ValueError for smaller sets.
     """
     if min(len(reference), len(samples)) < subset_size:
-        raise ValueError(f"{len(samples)} samples and {len(reference)} references are fewer than the {subset_size} "
-                         f"of a KID subset; give a smaller subset_size")
+        raise ValueError(f"{len(samples)} samples, {len(reference)} references; KID wants {subset_size} each")
     rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
-        x, y = (rows[rng.choice(len(rows), subset_size, replace=False)].double() for rows in (samples, reference))
+        x, y = (rows[rng.choice(len(rows), subset_size, replace=False)].double()
+                for rows in (samples, reference))
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((m.sum() - m.trace()) / (subset_size * (subset_size - 1)) for m in (xx, yy))
         values.append(float(within - 2 * xy.mean()))
@@ -230,47 +235,26 @@ def ssim(x_u8: Tensor, y_u8: Tensor) -> Tensor:
 
 # features of sets of images
 
-def load_extractor(name: str, weights=None, resize: str = "tf1", device="cpu"):
-    """Return a function of uint8 images (B, 3, H, W) on `device` -> {"features": (B, D), ...}, fp32.
-
-    name: "inception", "shapes" (the embedded set's judge) or a timm model; weights: local file. The function has
-    .label, the name of its distance, and .meta for FeatureStats.
-    """
-    if name == "inception":
-        net, label = load_inception(weights, resize), "FID"
-
-        def extract(images_u8):
-            out = net(images_u8)
-            return {"features": out["2048"], "spatial": out["spatial"], "logits": out["logits_unbiased"]}
-    elif name == "shapes":
-        net, label, resize = load_shapes_judge(), "FD-judge", "none"
-
-        def extract(images_u8):
-            return dict(zip(("features", "class_logits"), net(data.to_float(images_u8))))
-    else:
-        net, label = TimmFeatures(name, weights).eval(), f"FD-{name}"
-        resize = f"bicubic to {net.size[0]}"
-
-        def extract(images_u8):
-            return {"features": net(images_u8)}
-    extract.label = label
-    extract.meta = {"extractor": name, "weights": common.state_hash(net.state_dict()), "resize": resize}
-    net.to(device).requires_grad_(False)
-    return extract
+def load_extractor(name: str, weights=None, resize: str = "tf1", device="cpu") -> Extractor:
+    """Return an Extractor on `device`, with .meta for FeatureStats."""
+    extractor = Extractor(name, weights, resize)
+    extractor.meta = {"extractor": name, "weights": common.state_hash(extractor.net.state_dict()),
+                      "resize": extractor.resize}
+    return extractor.to(device)
 
 
 class ArrayImages:
-    """The images of an npz file as a data set: arr_0 uint8 (N, H, W, 3); labels arr_1, -1 where there are none."""
+    """The images of an npz file as a data set: arr_0 uint8 (N, H, W, 3); labels arr_1, else -1."""
 
     def __init__(self, path):
         file = np.load(path, allow_pickle=False)
         if "arr_0" not in file.files:
-            raise ValueError(f"{path} has {', '.join(file.files)}; want images in arr_0, as sample.py --npz writes")
-        self.images = file["arr_0"]
-        if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.images.shape[3] != 3:
-            raise ValueError(f"{path}: arr_0 is {self.images.dtype} {self.images.shape}; want uint8 (N, H, W, 3)")
-        self.labels = file["arr_1"] if "arr_1" in file.files else np.full(len(self.images), -1)
-        self.image_size, self.name = self.images.shape[1], Path(path).stem
+            raise ValueError(f"{path} has {', '.join(file.files)}; want images: arr_0, as of sample.py --npz")
+        self.images = images = file["arr_0"]
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] != 3:
+            raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}; want uint8 (N, H, W, 3)")
+        self.labels = file["arr_1"] if "arr_1" in file.files else np.full(len(images), -1)
+        self.image_size, self.name = images.shape[1], Path(path).stem
 
     def __len__(self):
         return len(self.images)
@@ -294,22 +278,26 @@ def open_images(source: str, size: int | None):
     return dataset
 
 
+def extract(extractor, images_u8: Tensor) -> dict:
+    """Return the extractor's dict of activations; a callable that returns features (B, D) will do, too."""
+    outputs = extractor(images_u8)
+    return outputs if isinstance(outputs, dict) else {"features": outputs}
+
+
 @torch.no_grad()
-def compute_stats(batches, extractor, device="cpu", meta: dict | None = None, keep_every: int = 1) -> FeatureStats:
+def compute_stats(batches, extractor, device="cpu", meta=None, keep_every: int = 1) -> FeatureStats:
     """Measure batches (images uint8 (B, 3, H, W), labels (B,), ...) with any callable; labels < 0: none.
 
     Each process brings its share of the batches and gets the statistics of all.
     """
     stats = FeatureStats({**getattr(extractor, "meta", {}), **(meta or {})}, keep_every)
     for images, labels, *_ in batches:
-        outputs = extractor(images.to(device))
-        outputs = outputs if isinstance(outputs, dict) else {"features": outputs}
-        stats.update({**outputs, "labels": labels})
+        stats.update({**extract(extractor, images.to(device)), "labels": labels})
     return stats.all_reduce()
 
 
 def measure(source, size, extractor, args, proc, reference=False) -> FeatureStats:
-    """Return the statistics of images, or for a reference those in a file; ADM's files hold images for the rows."""
+    """Return the statistics of images, or those in a reference file; ADM's has images for the rows too."""
     stored = None
     if reference and str(source).endswith(".npz"):
         files = np.load(source).files
@@ -335,26 +323,28 @@ def class_accuracy(rows: dict) -> dict:
     return {"class_accuracy": (rows["class_logits"].argmax(1) == rows["labels"]).double().mean().item()}
 
 
-def gfid(reference: FeatureStats, samples: FeatureStats) -> dict:
-    """Return n, fd, and what else the two allow: sfid, inception_score, precision, recall, kid, class_accuracy.
+def gfid(reference: FeatureStats, samples: FeatureStats, device="cpu") -> dict:
+    """Return n, fd, and what else there are numbers for: sfid, inception_score, precision, recall, kid, ...
 
-    Raises ValueError if they were measured differently; prints one warning if there are fewer images than D.
+    device: where distances between rows are computed. Raises ValueError if the two were measured differently;
+    prints one warning if there are fewer images than D.
     """
     check_comparable(reference, samples)
     fewest, dim = min(n for n in (reference.n, samples.n) if n is not None), len(samples.mean())
     if fewest < dim:
-        common.print0(f"warning: n = {fewest} images < D = {dim} features: singular covariance, a distance biased "
-                      f"upwards; compare it only at equal n")
+        common.print0(f"warning: n = {fewest} images < D = {dim} features: singular covariance, a distance "
+                      "biased upwards; compare it only at equal n")
 
     def distance(name):
-        return frechet_distance(reference.mean(name), reference.cov(name), samples.mean(name), samples.cov(name))
+        return frechet_distance(*(moment(name) for stats in (reference, samples)
+                                  for moment in (stats.mean, stats.cov)))
     result, rows = {"n": samples.n, "fd": distance("features")}, samples.rows
     if all("spatial" in stats.sums or "spatial" in stats.moments for stats in (reference, samples)):
         result["sfid"] = distance("spatial")
     if "logits" in rows:
         result["inception_score"], result["inception_score_std"] = inception_score(rows["logits"])
     if "features" in rows and "features" in reference.rows:
-        pair = reference.rows["features"], rows["features"]
+        pair = [stats.rows["features"].to(device) for stats in (reference, samples)]
         size = min(1000, *map(len, pair))
         result["precision"], result["recall"] = precision_recall(*pair)
         result["kid"], result["kid_std"] = kernel_distance(*pair, subset_size=size)
@@ -375,19 +365,20 @@ def rfid(batches, vae, extractor, device="cpu", lpips=None) -> dict:
         x = data.to_float(images)
         x_hat = vae.decode(vae.encode(x).mode())
         images_hat = data.to_uint8(x_hat)
-        real.update(extractor(images))
+        real.update(extract(extractor, images))
         rows = {"psnr_db": psnr(images, images_hat), "ssim": ssim(images, images_hat), "labels": labels}
         rows |= {} if lpips is None else {"lpips": lpips(x, x_hat)}
-        fake.update({**extractor(images_hat), **rows})
+        fake.update({**extract(extractor, images_hat), **rows})
     result = gfid(real.all_reduce(), fake.all_reduce())
-    return result | {k: fake.rows[k].double().mean().item() for k in ("psnr_db", "ssim", "lpips") if k in fake.rows}
+    return result | {key: fake.rows[key].double().mean().item() for key in rows if key != "labels"}
 
 
-def report(title: str, result: dict, args) -> None:
-    """Print the numbers, and write them with all that they depend on to args.out as JSON."""
-    numbers = {title: result["fd"], **{k: v for k, v in result.items() if isinstance(v, float) and k != "fd"}}
-    common.print0("\n".join(f"{name:<56} {value:.4f}" for name, value in numbers.items()))
-    if int(os.environ.get("RANK", 0)) == 0:
+def report(title: str, result: dict, args, main: bool) -> None:
+    """Print the numbers, and in the main process write them and what they depend on to args.out as JSON."""
+    for key, value in result.items():
+        if isinstance(value, float):
+            common.print0(f"{title if key == 'fd' else key:<56} {value:.4f}")
+    if main:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         protocol = {"title": title, **result, "args": vars(args), "versions": common.versions()}
         Path(args.out).write_text(json.dumps(protocol, indent=1) + "\n")
@@ -397,15 +388,15 @@ def parse_args(argv=None):
     """Parse the command line."""
     shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add = shared.add_argument_group("measuring").add_argument
-    add("--features", default="inception", help="inception, shapes (the embedded set's judge), or any timm model")
+    add("--features", default="inception", help="inception, shapes (the embedded set's judge), a timm model")
     add("--inception", default=None, help=f"local {INCEPTION_FILE}; default: torch hub's cache")
     add("--features-weights", default=None, help="local weights of the timm model; default: the hub's")
     add("--resize", default="tf1", choices=("tf1", "pytorch-fid"), help="to Inception's 299 px; tf1: ADM's")
-    add("--image-size", type=int, default=None, help="pixels that folders are cropped to; default: those of the "
-        "samples' npz file, 32 beside 'shapes', else 256")
+    add("--image-size", type=int, default=None, help="pixels that folders are cropped to; default: as the "
+        "samples' npz, 32 beside 'shapes', else 256")
     add("--batch-size", type=int, default=64, help="images per forward and device")
     add("--workers", type=int, default=4, help="processes that read images, per device")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, else MPS, else CPU")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: the first there is")
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -418,10 +409,10 @@ def parse_args(argv=None):
     add = command("gfid", "Frechet distance of samples to a reference, and its kin", "out/gfid.json")
     add("reference", help=images + ", or npz of statistics")
     add("samples", help=images)
-    add = command("rfid", "Frechet distance, PSNR, SSIM of reconstructions to their originals", "out/rfid.json")
+    add = command("rfid", "Frechet distance, PSNR, SSIM of reconstructions to the originals", "out/rfid.json")
     add("data", help=images)
     add("--vae", required=True, help="checkpoint, folder of checkpoints (newest), or hf://owner/repo/file")
-    add("--lpips-weights", default=None, help="torchvision's vgg16 file, or 'hub', for LPIPS; default: no LPIPS")
+    add("--lpips-weights", default=None, help="torchvision's vgg16 file, or 'hub'; default: no LPIPS")
     add = command("stats", "write the statistics of a set of images, for use as a reference", None)
     add("data", help=images)
     return parser.parse_args(argv)
@@ -432,9 +423,9 @@ def run_gfid(args, extractor, proc) -> dict:
     size = args.image_size or (32 if "shapes" in (args.reference, args.samples) else 256)
     samples = measure(args.samples, size, extractor, args, proc)
     reference = measure(args.reference, samples.meta["image_size"], extractor, args, proc, reference=True)
-    result = gfid(reference, samples) | {"reference": reference.meta, "reference_n": reference.n,
-                                         "samples": samples.meta}
-    report(f"{extractor.label}-{samples.n} vs {reference.meta['name']}", result, args)
+    result = gfid(reference, samples, "cuda" if proc.device.type == "cuda" else "cpu")
+    result |= {"reference": reference.meta, "reference_n": reference.n, "samples": samples.meta}
+    report(f"{extractor.label}-{samples.n} vs {reference.meta['name']}", result, args, proc.main)
     return result
 
 
@@ -448,7 +439,7 @@ def run_rfid(args, extractor, proc) -> dict:
     result = rfid(common.progress(loader, proc, "rfid"), vae, extractor, proc.device, lpips)
     result |= {"reference": {**extractor.meta, "name": dataset.name, "image_size": dataset.image_size},
                "vae_hash": common.state_hash(vae.state_dict())}
-    report(f"r{extractor.label}-{result['n']} vs originals of {dataset.name}", result, args)
+    report(f"r{extractor.label}-{result['n']} vs originals of {dataset.name}", result, args, proc.main)
     return result
 
 

@@ -200,6 +200,6 @@ class Mapper(nn.Module):
 def alignment_loss(pred: Tensor, target: Tensor) -> Tensor:
     """mean(1 - cos) over tokens (eq. 2), in [0, 2]; pred, target (B, N, D); fp32 whatever the inputs.
 
-    A zero token counts as cosine 0 and gives a finite gradient, also from fp16.
+    A zero token counts as cosine 0. Its gradient is finite, also in fp16: norms count as at least 1e-3.
     """
-    return (1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)).mean()
+    return (1 - F.cosine_similarity(pred.float(), target.float(), dim=-1, eps=1e-3)).mean()

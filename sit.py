@@ -411,7 +411,7 @@ def sample_sde(velocity, noise: Tensor, num_steps: int, generator=None, path: st
 
 # checkpoints
 def _infer_config(state):
-    """Read the shape of a published SiT (REPA, REPA-E, willisma/SiT) off its tensors; heads by the width."""
+    """Read a published shape (REPA, REPA-E, willisma) off its tensors; heads, encoder_depth by the width."""
     width, channels, p, _ = state["x_embedder.proj.weight"].shape
     size = next((size for size in SIT_SIZES.values() if size["hidden_size"] == width), None)
     if size is None:

@@ -254,7 +254,7 @@ class Run:
         draws = common.noise_for((2, moments.shape[1] // 2, *moments.shape[2:]), rows, device, args.seed, "sit", step)
         u = common.uniform_for(2, rows, device, args.seed, "t", step)
         z = data.normalize_latents(data.sample_latents(moments, draws[:, 0]), self.mean, self.std)
-        t = sample_t(u[:, 0] if args.t_sampling == "uniform" else torch.special.ndtri(u[:, 0]), args.t_sampling)
+        t = sample_t(u[:, 0], args.t_sampling)
         y = drop_labels(y, u[:, 1], args.label_dropout, self.model.config.num_classes)
         z_t, v = interpolate(z, draws[:, 1], t)
         with common.autocast(device, self.dtype):

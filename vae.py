@@ -34,8 +34,8 @@ class VAEConfig:
     norm_groups: int = 32
 
 
-# Sizes of released files: facts of REPA-E's models/autoencoder.py and VA-VAE's configs.
-# tiny is ours, for 32x32 images on a CPU
+# f16d32 and f8d4 are the released files (REPA-E's models/autoencoder.py, VA-VAE's configs); tiny is ours, for
+# 32x32 images on a CPU: folding the pixels first saves the convolutions at full resolution, the dearest ones
 VAE_SIZES = {
     "f16d32": VAEConfig(),
     "f8d4": VAEConfig(ch_mult=(1, 2, 4, 4), z_channels=4),

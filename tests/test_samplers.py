@@ -57,7 +57,7 @@ class PublishedToy:
         mean = p["a"] * torch.sin(p["b"] * label + p["c"] * c.view(C, 1, 1)) + p["g"] * (i.view(H, 1) - j)
         null = label == self.null_label
         mean = torch.where(null, p["u"] * torch.cos(c.view(C, 1, 1)), mean)
-        std = torch.where(null, torch.tensor(p["us"]).double(), p["s0"] + p["s1"] * (label % p["sm"]))
+        std = torch.where(null, torch.full_like(label, p["us"]), p["s0"] + p["s1"] * (label % p["sm"]))
         return gaussian_velocity(x.double(), t.double(), mean, std, self.path).float()
 
 
@@ -358,7 +358,8 @@ def test_a_velocity_in_half_precision_is_not_rounded_again(sampler):
     noise = torch.randn(4, 3, 4, 4)
 
     def sample(dtype):
-        return run(sampler, lambda z, t: (z / 3).bfloat16().to(dtype), noise, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        return run(sampler, lambda z, t: (z / 3).bfloat16().to(dtype), noise, generator)
 
     assert torch.equal(sample(torch.bfloat16), sample(torch.float32))
 

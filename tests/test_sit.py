@@ -516,6 +516,14 @@ def test_a_bare_published_state_dict_loads_with_the_shape_read_off_its_tensors(t
     assert torch.equal(loaded(*inputs), model(*inputs))
 
 
+@pytest.mark.parametrize("name, encoder_depth", [("S/4", 4), ("B/2", 4), ("L/1", 8), ("XL/2", 8)])
+def test_a_named_size_is_recognised_by_its_tensors_with_repa_s_encoder_depth(name, encoder_depth):
+    size = SIT_SIZES[name]
+    cfg = SiTConfig(input_size=16, in_channels=8, z_dims=(768,), encoder_depth=encoder_depth, **size)
+    with torch.device("meta"):
+        assert sit._infer_config(SiT(cfg).state_dict()) == cfg
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path):
     path = tmp_path / "ckpt.pt"
     with pytest.raises(FileNotFoundError, match="no SiT checkpoint at .*train_sit.py"):

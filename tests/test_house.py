@@ -1,0 +1,111 @@
+"""The shape of the code: who imports whom, README commands, help texts, widths, docstrings. A few seconds.
+
+Run: ./test.sh tests/test_house.py
+"""
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes"}
+SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher", "quickstart"}
+# data.py hands out the embedded set, mapper.py shares SiT's pieces; scripts import the library; fid.py and
+# probe.py have library halves for the report.
+LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit")}
+SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid")}
+RUNTIME = {"torch", "numpy", "timm", "PIL", "tqdm", "scipy"}
+FROM_TIMM = {"safetensors", "huggingface_hub"}  # installed with timm, imported where a file or name asks for them
+BEHIND_A_FLAG = {"wandb"}
+FILES = sorted(ROOT.glob("*.py"))
+
+
+def imports(path):
+    """Return the top names of all imports of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_every_file_has_its_place():
+    assert {path.stem for path in FILES} == LIBRARY | SCRIPTS
+
+
+def test_imports_follow_the_house():
+    for path in FILES:
+        for name in set(imports(path)) & (LIBRARY | SCRIPTS):
+            edge = (path.stem, name)
+            if path.stem in LIBRARY:
+                assert edge in LIBRARY_EDGES, f"{edge}: a library file imports none of ours"
+            else:
+                assert name in LIBRARY or edge in SCRIPT_EDGES, f"{edge}: scripts do not import scripts"
+
+
+def test_runtime_packages_are_the_six():
+    for path in FILES:
+        foreign = set(imports(path)) - LIBRARY - SCRIPTS - set(sys.stdlib_module_names)
+        assert foreign <= RUNTIME | FROM_TIMM | BEHIND_A_FLAG, f"{path.name}: {foreign}"
+    listed = {re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    assert listed == {"torch", "numpy", "timm", "pillow", "tqdm", "scipy"}
+
+
+def test_lines_are_at_most_110_wide():
+    for path in [*FILES, *(ROOT / "tests").glob("*.py")]:
+        wide = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
+        assert not wide, f"{path.name}: lines {wide}"
+
+
+def test_public_functions_say_what_they_do():
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def readme_commands():
+    """Every line of the README's shell blocks that runs one of our scripts, as (script, arguments)."""
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            match = re.search(r"(?:python|torchrun \S+) (\w+)\.py(.*)", line.split("#")[0])
+            if match:
+                yield match[1], match[2]
+
+
+def test_readme_commands_parse():
+    commands = list(readme_commands())
+    assert {script for script, _ in commands} >= SCRIPTS - {"quickstart"}
+    for script, arguments in commands:
+        importlib.import_module(script).parse_args(shlex.split(arguments))
+
+
+def test_quickstart_commands_parse():
+    """quickstart.sh with a PYTHON that only prints: its commands go through the scripts' own parsers."""
+    done = subprocess.run(["bash", str(ROOT / "quickstart.sh")], capture_output=True, text=True, check=True,
+                          env={"PYTHON": "echo", "OUT": "/dev/shm/quickstart-parse", "PATH": "/usr/bin:/bin"})
+    lines = [line for line in done.stdout.splitlines() if re.match(r"\w+\.py ", line)]
+    assert len(lines) == 14
+    for line in lines:
+        script, *arguments = shlex.split(line)
+        importlib.import_module(script[:-3]).parse_args(arguments)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_help_says_something_about_every_flag_and_a_wrong_one_is_an_error(script, capsys):
+    module = importlib.import_module(script)
+    commands = (["gfid"], ["rfid"], ["stats"]) if script == "fid" else ([],)
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            module.parse_args([*command, "-h"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        flags = re.findall(r"^  (?:-h, )?(--?[\w-]+.*?)(?=^  -|^\w|\Z)", text, re.S | re.M)
+        assert flags and all(re.search(r"\s{2,}\S.*\w{2}", flag) for flag in flags), flags
+        with pytest.raises(SystemExit) as stop:
+            module.parse_args([*command, "--no-such-flag"])
+        assert stop.value.code == 2

@@ -2,11 +2,11 @@
 
     python bench.py                                     # all stages at the paper's sizes; wants a GPU
     python bench.py --stage vae sit --batch-size 32     # some of them
-    python bench.py --vae tiny --model tiny/1 --image-size 32 --batch-size 64      # quickstart's sizes, fine on a CPU
+    python bench.py --vae tiny --model tiny/1 --image-size 32 --batch-size 64  # quickstart's sizes, for a CPU
 
-Weights and inputs are random: speed does not depend on them. FLOPs are counted by torch's flop counter in the very
-step that is timed (a multiply-add is 2); MFU divides by the bf16 peak of the data sheet where the device is known,
-else by a matrix product measured here (`peak_source` says which).
+Weights and inputs are random: speed does not depend on them. FLOPs are counted by torch's flop counter in the
+very step that is timed (a multiply-add is 2); MFU divides by the bf16 peak of the data sheet where the device
+is known, else by a matrix product measured here (`peak_source` says which).
 """
 import argparse
 import json
@@ -22,7 +22,8 @@ from mapper import Mapper, MapperConfig, alignment_loss
 from sit import SIT_SIZES, SiT, SiTConfig, flow_loss, guided_velocity, interpolate, sample_ode
 from vae import VAE, VAE_SIZES, Posterior
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "V100": 125}  # dense bf16 (fp16: V100)
+# Dense bf16 (V100: fp16).
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "V100": 125}
 
 
 def parse_args(argv=None):
@@ -100,7 +101,8 @@ def make_sit(args, device):
     """Return (SiT, noise, labels) of the benchmark's size."""
     config = VAE_SIZES[args.vae]
     side = args.image_size // VAE(config).stride
-    model = SiT(SiTConfig(input_size=side, in_channels=config.z_channels, num_classes=1000, **SIT_SIZES[args.model]))
+    model = SiT(SiTConfig(input_size=side, in_channels=config.z_channels, num_classes=1000,
+                          **SIT_SIZES[args.model]))
     z = torch.randn(args.batch_size, config.z_channels, side, side, device=device)
     if args.compile:
         common.compile_modules(model)
@@ -143,7 +145,8 @@ def shapes_step(args, device, dtype):
     return lambda: data.Shapes(args.batch_size, seed=next(seeds))
 
 
-STAGES = {"vae": vae_step, "encode": encode_step, "sit": sit_step, "sample": sample_step, "shapes": shapes_step}
+STAGES = {"vae": vae_step, "encode": encode_step, "sit": sit_step, "sample": sample_step,
+          "shapes": shapes_step}
 
 
 def wait(device):
@@ -181,7 +184,8 @@ def main(argv=None):
     proc = common.setup(args.device)
     device, dtype = proc.device, common.resolve_dtype(args.dtype, proc.device)
     peak, source = peak_tflops(device, dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU, {torch.get_num_threads()} threads")
     for stage in args.stage:
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -192,8 +196,9 @@ def main(argv=None):
             step()
         seconds = seconds_of(step, args.iters, device)
         tflops = counter.get_total_flops() / seconds / 1e12
-        row = {"stage": stage, "images_per_s": round(args.batch_size / seconds, 2), "step_ms": round(1000 * seconds, 2),
-               "tflop_per_s": round(tflops, 3), "mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": round(peak, 2),
+        row = {"stage": stage, "images_per_s": round(args.batch_size / seconds, 2),
+               "step_ms": round(1000 * seconds, 2), "tflop_per_s": round(tflops, 3),
+               "mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": round(peak, 2),
                "peak_source": source, "batch_size": args.batch_size, "vae": args.vae, "model": args.model,
                "image_size": args.image_size, "autocast": str(dtype), "compile": args.compile, "device": name,
                "iters": args.iters, **common.versions()}

@@ -1,8 +1,7 @@
-"""What every script shares: processes, precision, randomness, the guarded optimizer step, EMA, checkpoints, logs.
+"""What every script shares: processes, precision, randomness, guarded optimizer step, EMA, checkpoints, logs.
 
-Conventions
 * One process without a launcher, many under torchrun; `setup()` reads torchrun's variables and nothing else.
-* Randomness is a function of (seed, stream, step, row of the global batch): never of world size or micro-batch.
+* Randomness is a function of (seed, stream, step, row of the global batch), not of world size or micro-batch.
 * A checkpoint is a plain dict of tensors and plain values, written to a temporary file and renamed.
 """
 import hashlib
@@ -10,7 +9,6 @@ import json
 import math
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,21 +41,18 @@ class Proc:
 
 def add_run_flags(parser, out: str | None = None) -> None:
     """Add the flags that every script has: device, precision, seed, and where to write."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-                       help="auto: CUDA, else MPS, else CPU")
-    group.add_argument("--dtype", default="auto", choices=tuple(DTYPES),
-                       help="autocast type; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 elsewhere")
-    group.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+        help="auto: CUDA, else MPS, else CPU")
+    add("--dtype", default="auto", choices=tuple(DTYPES),
+        help="autocast type; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 elsewhere")
+    add("--seed", type=int, default=0, help="seed of all randomness")
     if out is not None:
-        group.add_argument("--out", default=out, help="output folder")
+        add("--out", default=out, help="output folder")
 
 
 def setup(device: str = "auto") -> Proc:
-    """Join the process group that torchrun describes (or be rank 0 of 1) and choose the device.
-
-    NCCL on CUDA, gloo elsewhere. Raises ValueError if the device asked for is not there.
-    """
+    """Join torchrun's process group (or be rank 0 of 1), choose the device; ValueError if it is not there."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -102,15 +98,14 @@ def cli(main) -> None:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Autocast type for `--dtype`. auto: bf16 where the hardware computes in it, fp16 on older CUDA, else fp32."""
+    """Autocast type for `--dtype`; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 elsewhere."""
     if DTYPES[name] is not None:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # On a CPU without bf16 instructions bf16 is emulated and slower than fp32.
-    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return torch.bfloat16
-    return torch.float32
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -119,15 +114,12 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def plan_batch(batch_size: int, micro_batch_size: int, world: int) -> tuple[int, int]:
-    """Split the global batch: return (micro_batch_size, accum_steps). micro_batch_size 0 = one per device.
-
-    Raises ValueError if the parts do not fit, with the next size that does.
-    """
+    """Return (micro_batch_size, accum_steps); micro 0 = one a device. ValueError names a size that fits."""
     micro = micro_batch_size or max(batch_size // world, 1)
     if batch_size % (world * micro):
         fits = math.ceil(batch_size / (world * micro)) * world * micro
-        raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} processes x micro-batch {micro} = "
-                         f"{world * micro}; try --batch-size {fits}")
+        raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} processes x micro-batch "
+                         f"{micro} = {world * micro}; try --batch-size {fits}")
     return micro, batch_size // (world * micro)
 
 
@@ -139,10 +131,7 @@ def derive_seed(*key) -> int:
 
 
 def noise_for(shape, rows, device, *key) -> Tensor:
-    """Standard normal noise (len(rows), *shape) fp32; row r is a function of (*key, r) alone.
-
-    Drawn on `device` with one generator a row, so CPU and CUDA give different (equally good) numbers.
-    """
+    """Normal noise (len(rows), *shape) fp32; row r depends on (*key, r) and the type of `device` alone."""
     out, generator = torch.empty(len(rows), *shape, device=device), torch.Generator(device)
     for i, row in enumerate(rows):
         generator.manual_seed(derive_seed(*key, int(row)))
@@ -165,18 +154,16 @@ def saved_bytes(forward) -> int:
     """Return the bytes that autograd keeps for the backward of `forward()`; works on the meta device too."""
     seen = {}
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: seen.setdefault(x.untyped_storage()._cdata, (x.untyped_storage().nbytes(), x)) and x,
-            lambda x: x):
+            lambda x: (seen.setdefault(x.untyped_storage()._cdata, x), x)[1], lambda x: x):
         forward()
-    return sum(size for size, x in seen.values() if not isinstance(x, nn.Parameter))
+    return sum(x.untyped_storage().nbytes() for x in seen.values() if not isinstance(x, nn.Parameter))
 
 
 def compile_modules(*modules) -> None:
-    """torch.compile each module in place (names stay as they are); without a compiler stay eager and say so."""
+    """torch.compile each module in place (names stay); without a compiler stay eager and say so."""
     torch._dynamo.config.suppress_errors = True
-    for module in modules:
-        if module is not None:
-            module.compile()
+    for module in (m for m in modules if m is not None):
+        module.compile()
     print0("torch.compile: on; what cannot be compiled runs eagerly")
 
 
@@ -186,18 +173,16 @@ def adamw(params, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0) -> t
 
 
 def learning_rate(step: int, lr: float, warmup: int, cooldown: int, num_steps: int) -> float:
-    """lr at `step` (0-based): linear rise over `warmup` steps, constant, linear fall over the last `cooldown`."""
+    """lr at `step` (0-based): linear rise in `warmup` steps, constant, linear fall in the last `cooldown`."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     fall = min(1.0, (num_steps - step) / cooldown) if cooldown else 1.0
     return lr * min(rise, fall)
 
 
 def optimizer_step(optimizer, lr: float, max_norm: float, scaler=None) -> tuple[Tensor, Tensor]:
-    """Clip, step unless the gradient is not finite, and clear; return (gradient norm before clipping, skipped).
-
-    Both are tensors on the device: deciding there, through the fused optimizer's `found_inf`, spares the host
-    a synchronisation in every step. max_norm 0 = no clipping. scaler: GradScaler of fp16 runs, one an optimizer.
-    """
+    """Clip, step unless the gradient is not finite, clear; return (gradient norm before clipping, skipped).
+    Both are tensors on the device: deciding there, by the fused optimizer's `found_inf`, spares the host a
+    synchronisation a step. max_norm 0 = no clipping. scaler: GradScaler of fp16 runs, one an optimizer."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -216,29 +201,23 @@ def optimizer_step(optimizer, lr: float, max_norm: float, scaler=None) -> tuple[
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, fp32; buffers are copied, not averaged.
-
-    The decay warms up, min(decay, (1 + s) / (10 + s)), so that the initialisation is gone after a few hundred
-    steps (at 0.9999 throughout it still weighs 90 % after 1,000).
-    """
+    """Exponential moving average of parameters, fp32 (buffers: copies). Decay min(decay, (1 + s) / (10 + s)),
+    so that the initialisation is gone in a few hundred steps (0.9999 throughout: still 90 % after 1,000)."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.decay, self.state = decay, {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
         """Move towards the model after optimizer step `step` (1-based), unless that step was skipped."""
-        names = {k for k, p in model.named_parameters() if p.requires_grad}
-        pairs = [(self.state[k], v) for k, v in model.state_dict().items() if k in names]
+        names, state = {k for k, p in model.named_parameters() if p.requires_grad}, model.state_dict()
         weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (~skipped).float()
-        average, current = (list(column) for column in zip(*pairs))
+        average, current = [self.state[k] for k in names], [state[k] for k in names]
         difference = torch._foreach_sub(current, average)
         torch._foreach_mul_(difference, weight)
         torch._foreach_add_(average, difference)
-        for key, value in model.state_dict().items():
-            if key not in names:
-                self.state[key].copy_(value)
+        for key in state.keys() - names:
+            self.state[key].copy_(state[key])
 
     def load(self, state: dict) -> None:
         """Take over a saved average."""
@@ -250,9 +229,8 @@ class EMA:
 
 def save_checkpoint(path, state: dict) -> None:
     """Write `state` (tensors and plain values) so that `path` is either the old file or the whole new one."""
-    path = Path(path)
+    path, temporary = Path(path), Path(f"{path}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -264,7 +242,7 @@ def save_checkpoint(path, state: dict) -> None:
 
 
 def load_checkpoint(path, format: str | None = None) -> dict:
-    """Read a checkpoint of ours onto the CPU; `format` names the kind wanted. Raises ValueError if it is not that."""
+    """Read a checkpoint of ours onto the CPU; `format` is the kind wanted, ValueError if it is not that."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -279,7 +257,7 @@ def load_checkpoint(path, format: str | None = None) -> dict:
 
 def latest_checkpoint(folder, format: str):
     """Return (path, state) of the newest readable checkpoint in `folder`, or None; a broken one is named."""
-    files = {int(m[1]): p for p in Path(folder).glob("ckpt_*.pt") if (m := re.fullmatch(r"ckpt_(\d+)\.pt", p.name))}
+    files = {int(p.stem[5:]): p for p in Path(folder).glob("ckpt_*.pt") if p.stem[5:].isdecimal()}
     for step in sorted(files, reverse=True):
         try:
             return files[step], load_checkpoint(files[step], format)
@@ -289,7 +267,7 @@ def latest_checkpoint(folder, format: str):
 
 
 def resolve_checkpoint(path) -> str:
-    """Return `path`, or the newest checkpoint in it if it is a folder of them; hf:// names stay as they are."""
+    """Return `path`, or the newest checkpoint in it if it is a folder of them; hf:// names stay."""
     if str(path).startswith("hf://") or not Path(path).is_dir():
         return str(path)
     files = sorted(Path(path).glob("ckpt_*.pt"))
@@ -317,8 +295,8 @@ def state_hash(state: dict) -> str:
 def versions() -> dict:
     """Return what produced a file: torch, python, git commit (empty outside a checkout)."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True)
-    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit.stdout.strip()}
+                            capture_output=True, text=True).stdout.strip()
+    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit}
 
 
 def check_same(module: nn.Module) -> None:
@@ -349,10 +327,10 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self, device) -> dict:
-        """Return {name: mean over steps and processes} and start anew. The one place that waits for the device."""
+        """Return {name: mean over steps, processes}, start anew; the one place that waits for the device."""
         names = sorted(self.sums)
-        table = torch.stack([torch.stack([self.sums[n].to(device), torch.tensor(self.counts[n], device=device)])
-                             for n in names])
+        table = torch.stack([torch.stack([self.sums[n].to(device),
+                                          torch.tensor(self.counts[n], device=device)]) for n in names])
         if dist.is_initialized():
             dist.all_reduce(table)
         self.__init__()
@@ -360,10 +338,9 @@ class Meter:
 
 
 class Log:
-    """log.jsonl (one JSON object a line, units in the key) and, on a terminal or not, a tqdm bar; rank 0 only."""
+    """log.jsonl (one JSON object a line, units in the key) and, terminal or not, a tqdm bar; rank 0 only."""
 
-    def __init__(self, folder, proc: Proc, start: int, num_steps: int, config: dict, tensorboard=False, wandb=None):
-        from tqdm import tqdm
+    def __init__(self, folder, proc: Proc, start: int, num_steps: int, config, tensorboard=False, wandb=None):
         self.proc, self.file, self.bar, self.sinks = proc, None, None, []
         if not proc.main:
             return
@@ -407,12 +384,11 @@ class Log:
 
 def progress(steps, proc: Proc, name: str):
     """Iterate over `steps` with a tqdm bar on rank 0."""
-    from tqdm import tqdm
     return tqdm(steps, desc=name, disable=not proc.main, mininterval=2.0)
 
 
 class Timer:
-    """Throughput since the last reading: images/s, share of time spent waiting for data, seconds left, memory."""
+    """Throughput since the last reading: images/s, share of time waiting for data, seconds left, memory."""
 
     def __init__(self, proc: Proc, step: int, num_steps: int):
         self.proc, self.step, self.num_steps = proc, step, num_steps
@@ -433,11 +409,11 @@ class Timer:
         self.paused += time.perf_counter() - begin
 
     def read(self, batch_size: int, step: int) -> dict:
-        """Return the figures of the steps since the last call; call it after the device has been waited for."""
+        """Return the figures of the steps since the last call; call it after waiting for the device."""
         seconds = max(time.perf_counter() - self.begin - self.paused, 1e-9)
-        done = step - self.step
+        done, left = step - self.step, self.num_steps - step
         row = {"images_per_s": done * batch_size / seconds, "step_ms": 1000 * seconds / done,
-               "data_wait_percent": 100 * self.waited / seconds, "eta_s": (self.num_steps - step) * seconds / done}
+               "data_wait_percent": 100 * self.waited / seconds, "eta_s": left * seconds / done}
         if self.proc.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.begin, self.step, self.waited, self.paused = time.perf_counter(), step, 0.0, 0.0
@@ -447,9 +423,10 @@ class Timer:
 def check_finite(row: dict, bad_streak: int, limit: int, step: int) -> None:
     """Raise RuntimeError naming the first non-finite term once `limit` steps in a row had to be skipped."""
     if bad_streak >= limit:
-        name = next((k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)), "the gradient")
-        raise RuntimeError(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: {name}; the "
-                           f"newest checkpoint is the last good one; try a lower --lr or --dtype fp32")
+        bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+        raise RuntimeError(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: "
+                           f"{bad[0] if bad else 'the gradient'}; the newest checkpoint is the last good "
+                           f"one; try a lower --lr or --dtype fp32")
 
 
 class StopSignal:

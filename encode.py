@@ -20,8 +20,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("encode").add_argument
-    add("--data", default=data.DEFAULT_DATA, help="folder of class folders, flat folder, or 'shapes' (embedded set)")
-    add("--vae", default="out/vae", help="checkpoint, folder of checkpoints (newest), or hf://owner/repo/file")
+    add("--data", default=data.DEFAULT_DATA,
+        help="folder of class folders, flat folder, or 'shapes' (embedded set)")
+    add("--vae", default="out/vae",
+        help="checkpoint, folder of checkpoints (newest), or hf://owner/repo/file")
     add("--image-size", type=int, default=None, help="pixels; default 256, or 32 for 'shapes'")
     add("--batch-size", type=int, default=64, help="images per forward and device")
     add("--shard-size", type=int, default=8192, help="images per file")
@@ -44,8 +46,8 @@ def encode(args, proc):
     side = size // vae.stride
     per_image = 2 * vae.config.z_channels * side * side * (4 if args.store == "float32" else 2)
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
-    common.print0(f"{len(dataset):,} images of {size} px -> {vae.config.z_channels} x {side} x {side} latents, "
-                  f"{len(dataset) * per_image * (1 + args.flip) / 2**30:.2f} GiB in {args.out}; "
+    common.print0(f"{len(dataset):,} images of {size} px -> {vae.config.z_channels} x {side} x {side} "
+                  f"latents, {len(dataset) * per_image * (1 + args.flip) / 2**30:.2f} GiB in {args.out}; "
                   f"VAE {path} ({sum(p.numel() for p in vae.parameters()):,} parameters)")
     if args.dry_run:
         return None

@@ -19,9 +19,10 @@ def resize_tf1(x: Tensor, size: int) -> Tensor:
     """Resize (B, C, H, W) to size x size as TensorFlow 1: source = i * in / out, bilinear, no antialias."""
     for dim in (3, 2):
         last = x.shape[dim] - 1
-        source = torch.arange(size, device=x.device, dtype=torch.float32) * ((last + 1) / size)
+        scale = torch.tensor((last + 1) / size, dtype=torch.float32)  # as TensorFlow, whatever the type of x
+        source = torch.arange(size, device=x.device, dtype=x.dtype) * scale.to(x)
         low = source.floor().long()
-        share = (source - low).to(x.dtype).view([-1 if d == dim else 1 for d in range(4)])
+        share = (source - low).view([-1 if d == dim else 1 for d in range(4)])
         a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=last))
         x = a + (b - a) * share
     return x
@@ -47,10 +48,9 @@ class FIDInception(nn.Module):
 
     def preprocess(self, images_u8: Tensor) -> Tensor:
         """Map uint8 (B, 3, H, W) to (B, 3, 299, 299) in about [-1, 1], in the type of the weights."""
-        dtype = self.fc.weight.dtype
+        x = images_u8.to(self.fc.weight.dtype)
         if self.resize == "tf1":
-            return ((resize_tf1(images_u8.float(), 299) - 128) / 128).to(dtype)
-        x = images_u8.to(dtype)
+            return (resize_tf1(x, 299) - 128) / 128
         return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
     def forward(self, images_u8: Tensor) -> dict:

@@ -455,6 +455,9 @@ def run_stats(args, extractor, proc) -> FeatureStats:
 def main(argv=None):
     """Entry point of the command; returns what was measured."""
     args = parse_args(argv)
+    for source in (vars(args).get(key, "shapes") for key in ("reference", "samples", "data")):
+        if source != "shapes" and not Path(source).exists():
+            raise FileNotFoundError(f"{source}: no such file or folder; want 'shapes', a folder, or an npz file")
     proc = common.setup(args.device)
     torch.set_float32_matmul_precision("highest")  # TF32 has 10 bits of mantissa: the distances would move
     torch.backends.cudnn.allow_tf32 = False

@@ -1,10 +1,10 @@
 """The frozen teacher, the mapper, and the loss that pulls a latent towards the teacher's tokens.
 
-Send-VAE, eqs. 1-2 of arXiv:2601.05823: the latent z is noised as in flow matching, z_t = (1 - t) z + t eps with
-t ~ U(0, 1), and a small network h (patch embedding, one ViT block, MLP) must predict the teacher's patch tokens
-f(x) from z_t; the loss is mean(1 - cos(h(z_t), f(x))). (The paper's alpha_t is 1 - t: same distribution.)
-What the paper leaves open follows REPA-E: affine-free BatchNorm of z before the noise, fixed sin-cos positions,
-REPA's three-layer SiLU projector.
+Send-VAE, eqs. 1-2 of arXiv:2601.05823: the latent z is noised as in flow matching, z_t = (1 - t) z + t eps
+with t ~ U(0, 1), and a small network h (patch embedding, one ViT block, MLP) must predict the teacher's patch
+tokens f(x) from z_t; the loss is mean(1 - cos(h(z_t), f(x))). (The paper's alpha_t is 1 - t: same
+distribution.) What the paper leaves open follows REPA-E: affine-free BatchNorm of z before the noise, fixed
+sin-cos positions, REPA's three-layer SiLU projector.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,14 @@ SHAPES_TEACHER = Path(__file__).parent / "assets" / "shapes_teacher.pt"
 
 
 class Teacher(nn.Module):
-    """A frozen vision foundation model: images (B, 3, H, W) in [-1, 1] -> patch tokens (B, grid * grid, dim) fp32.
+    """A frozen vision model: images (B, 3, H, W) in [-1, 1] -> patch tokens (B, grid * grid, dim) fp32.
 
-    name: any timm ViT, or "shapes", the small teacher of the embedded set. grid: tokens along each side of the
-    output, row-major; the image is resized to grid x patch size (bicubic without antialias, after the model's own
-    mean/std, as REPA does), and prefix tokens (class, registers) are dropped by the model's own count.
-    weights: local file (timm or original key names); None fetches from the hub. The tokens are those after the
-    final norm. Not trained, not saved in checkpoints. Raises FileNotFoundError if the weights cannot be had.
+    name: any timm ViT, or "shapes", the small teacher of the embedded set. grid: tokens along each side of
+    the output, row-major; the image is resized to grid x patch size (bicubic without antialias, after the
+    model's own mean/std, as REPA does), and prefix tokens (class, registers) are dropped by the model's own
+    count. weights: local file (timm or original key names); None fetches from the hub. The tokens are those
+    after the final norm. Not trained, not saved in checkpoints. Raises FileNotFoundError if the weights
+    cannot be had.
     """
 
     def __init__(self, name: str, grid: int, weights: str | None = None):
@@ -35,8 +36,8 @@ class Teacher(nn.Module):
             self.model = load_shapes_teacher(weights or SHAPES_TEACHER)
             self.dim = self.model.dim
             if grid != self.model.grid:
-                raise ValueError(f"the shapes teacher has {self.model.grid} x {self.model.grid} tokens, the latent "
-                                 f"asks for {grid} x {grid}; use 32 px images and --vae tiny")
+                raise ValueError(f"the shapes teacher has {self.model.grid} x {self.model.grid} tokens, the "
+                                 f"latent asks for {grid} x {grid}; use 32 px images and --vae tiny")
         else:
             self.model, self.size, mean, std = _timm_vit(name, grid, weights)
             self.dim = self.model.embed_dim
@@ -67,7 +68,7 @@ def _timm_vit(name: str, grid: int, weights: str | None):
     try:
         patch = timm.create_model(name, pretrained=False, device="meta").patch_embed.patch_size[0]
         overlay = {"file": str(weights)} if weights else {}
-        # timm resamples the position table to img_size when it loads the weights (bicubic, antialiased: as REPA).
+        # timm resamples the position table to img_size on loading weights (bicubic, antialiased: as REPA).
         model = timm.create_model(name, pretrained=True, num_classes=0, img_size=grid * patch,
                                   pretrained_cfg_overlay=overlay)
     except RuntimeError as error:
@@ -77,8 +78,9 @@ def _timm_vit(name: str, grid: int, weights: str | None):
         raise ValueError(f"--teacher {name}: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise FileNotFoundError(
-            f"--teacher {name}: its weights are not in the local cache and the hub (huggingface.co/timm/{name}) "
-            f"cannot be reached; fetch the file elsewhere and give --teacher-weights FILE, or use --teacher shapes"
+            f"--teacher {name}: its weights are not in the local cache and the hub "
+            f"(huggingface.co/timm/{name}) cannot be reached; fetch the file elsewhere and give "
+            f"--teacher-weights FILE, or use --teacher shapes"
         ) from error
     config = timm.data.resolve_model_data_config(model)
     return model, grid * patch, config["mean"], config["std"]
@@ -132,7 +134,7 @@ def load_shapes_teacher(path) -> ShapesTeacher:
 
 @dataclass(frozen=True)
 class MapperConfig:
-    """Shape of the mapper. grid: latent tokens along a side after patch embedding; out_dim: the teacher's width."""
+    """Shape of the mapper. grid: latent tokens along a side once embedded; out_dim: the teacher's width."""
     z_channels: int
     grid: int
     out_dim: int
@@ -169,7 +171,8 @@ class Mapper(nn.Module):
         super().__init__()
         self.config, dim = config, config.width
         if config.kind == "linear":
-            self.proj = nn.Conv2d(config.z_channels, config.out_dim, config.patch_size, config.patch_size, bias=False)
+            self.proj = nn.Conv2d(config.z_channels, config.out_dim, config.patch_size, config.patch_size,
+                                  bias=False)
             return
         # BatchNorm makes the noise level of eq. 1 mean the same for every VAE; eps and momentum are REPA-E's.
         self.bn = nn.BatchNorm2d(config.z_channels, eps=1e-4, momentum=0.1, affine=False)

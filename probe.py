@@ -118,8 +118,8 @@ def attribute_scores(logits: Tensor, targets: Tensor, names: list[str]) -> dict:
 def latent_measures(z: Tensor, seed: int = 0, count: int = 2000) -> dict:
     """Return measures of latents z (n, C, h, w), the last two of `count` random tokens.
 
-    Spread of the channels. effective_rank: exp(entropy of the covariance's spectrum). density_gini: Gini index
-    of a kernel density in two dimensions, 0 = uniform (VA-VAE, arXiv:2501.01423, after t-SNE; here PCA).
+    Spread of the channels. effective_rank: exp(entropy of the covariance's spectrum). density_gini: Gini
+    index of a kernel density in two dimensions, 0 = uniform (VA-VAE, arXiv:2501.01423, by t-SNE; here PCA).
     gmm_nll: fit of a Gaussian mixture (MAETok, arXiv:2502.03444), held-out nats per whitened dimension; 1.42
     for a Gaussian, lower for clusters.
     """
@@ -139,7 +139,7 @@ def latent_measures(z: Tensor, seed: int = 0, count: int = 2000) -> dict:
 
 
 def gmm_nll(train: np.ndarray, test: np.ndarray, components: int = 10, steps: int = 50, seed: int = 0):
-    """Mean negative log-likelihood of test (n, D), nats / D, under a diagonal mixture fitted to train by EM."""
+    """Mean negative log-likelihood of test (n, D), nats / D, under a diagonal mixture fitted by EM."""
     from scipy.special import logsumexp
     means = train[np.random.default_rng(seed).choice(len(train), components, replace=False)]
     variances, weights = np.ones_like(means), np.full(components, 1 / components)
@@ -230,7 +230,7 @@ def sit_features(args, vae_hash, device):
     """Return a function (z raw, indices) -> mean token (B, D) of --sit after --block at --t, null label."""
     meta = common.load_checkpoint(args.sit, "nanosendvae-sit")["latents"]
     if vae_hash != meta["vae_hash"]:
-        raise ValueError(f"--sit {args.sit} was trained on latents of VAE {meta['vae_hash'][:12]}, this is VAE "
+        raise ValueError(f"--sit {args.sit} was trained on latents of VAE {meta['vae_hash'][:12]}, this is "
                          f"{vae_hash[:12]}; give --vae {meta['vae']}")
     model = load_sit(args.sit).to(device)
     if model.null_label is None:
@@ -320,7 +320,8 @@ def table(results) -> str:
     for name in results[0]["flat"].get("groups", {}):
         rows[f"flat F1 of {name}"] = [f"{r['flat']['groups'][name]:.4f}" for r in results]
     width = max(len(cell) for cells in rows.values() for cell in cells) + 2
-    return "\n".join(name.ljust(32) + "".join(cell.rjust(width) for cell in cells) for name, cells in rows.items())
+    lines = [name.ljust(32) + "".join(cell.rjust(width) for cell in cells) for name, cells in rows.items()]
+    return "\n".join(lines)
 
 
 def parse_args(argv=None):

@@ -1,7 +1,7 @@
 """The report of ./quickstart.sh: plain VAE and Send-VAE side by side, as a table and as pictures.
 
-    python quickstart.py out/quickstart                     # writes report.md, reconstructions.png, samples.png, pca.png
-    python quickstart.py out/seed0 out/seed1 out/seed2      # prints mean and standard deviation over runs
+    python quickstart.py out/quickstart                 # writes report.md, reconstructions, samples, pca.png
+    python quickstart.py out/seed0 out/seed1 out/seed2  # prints mean and standard deviation over runs
 
 It only reads what the stages measured; nothing is computed here but the pictures.
 """
@@ -33,7 +33,8 @@ def parse_args(argv=None):
 def read_json(path) -> dict:
     """Return the JSON object in a file; a stage that did not run is one clear error."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: that stage has not run; ./quickstart.sh continues where it stopped")
+        raise FileNotFoundError(f"{path} is missing: that stage has not run; "
+                                f"./quickstart.sh continues where it stopped")
     return json.loads(Path(path).read_text())
 
 
@@ -121,7 +122,8 @@ def write_report(run) -> str:
     names = data.open_dataset("shapes", 32, split="val").class_names
     text = f"""# Quickstart report
 
-Plain VAE and Send-VAE (alignment to the shapes teacher), equal steps, seed, data; a SiT on the latents of each.
+Plain VAE and Send-VAE (alignment to the shapes teacher), equal steps, seed, data; a SiT on the latents \
+of each.
 The judge network, in whose features FD and class accuracy are measured, was trained by neither.
 
 {table}
@@ -132,7 +134,8 @@ Reconstructions (original, plain VAE, Send-VAE): ![](reconstructions.png)
 
 Samples, one row per class ({", ".join(names)}); left plain VAE, right Send-VAE: ![](samples.png)
 
-First three principal components as colour: image, latent of the plain VAE, latent of the Send-VAE, mapper output,
+First three principal components as colour: image, latent of the plain VAE, latent of the Send-VAE, \
+mapper output,
 teacher tokens: ![](pca.png)
 
 Probe F1 by group of attributes (flattened latents):
@@ -147,7 +150,8 @@ def group_table(probe) -> str:
     """Return the probe's F1 per attribute group, a column per VAE."""
     groups = [vae["flat"]["groups"] for vae in probe["vaes"]]
     lines = ["| attribute | plain VAE | Send-VAE |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{g[name]:.3f}" for g in groups) + " |" for name in groups[0]])
+    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{g[name]:.3f}" for g in groups) + " |"
+                              for name in groups[0]])
 
 
 def main(argv=None):

@@ -1,7 +1,8 @@
-"""Draw samples: the newest SiT of out/sit and the VAE of its latents -> samples/grid.png (and samples.npz for FID).
+"""Draw samples: the newest SiT of out/sit and the VAE of its latents -> samples/grid.png (and samples.npz for
+FID).
 
-    python sample.py --cfg 1.5                                               # a picture
-    torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num 50000 --npz   # the paper's setting
+    python sample.py --cfg 1.5                                             # a picture
+    torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num 50000 --npz  # the paper's
 
 Image i is a function of (seed, i) alone: not of batch size, number of processes or --num. Beside the samples,
 protocol.json says all that they depend on.
@@ -41,7 +42,8 @@ def parse_args(argv=None):
     add("--labels", default="balanced", choices=("balanced", "random"),
         help="balanced: image i has class i mod num_classes; random: uniform, as in REPA's numbers")
     add("--batch-size", type=int, default=64, help="images per forward and device")
-    add("--npz", action="store_true", help="also write samples.npz (arr_0 images, arr_1 labels: ADM's format)")
+    add("--npz", action="store_true",
+        help="also write samples.npz (arr_0 images, arr_1 labels: ADM's format)")
     add("--compile", action="store_true", help="torch.compile the model and the decoder")
     add("--dry-run", action="store_true", help="print configuration, sizes and evaluations, then leave")
     common.add_run_flags(parser, out="samples")
@@ -88,8 +90,8 @@ def sample(args, proc):
     state = common.load_checkpoint(ckpt, "nanosendvae-sit")
     meta, dropout = state["latents"], state["args"]["label_dropout"]
     if args.cfg != 1 and dropout == 0:
-        raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no unconditional "
-                         f"velocity; use --cfg 1")
+        raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no "
+                         f"unconditional velocity; use --cfg 1")
     step, model = state["step"], load_sit(ckpt, args.weights)
     del state
     vae_path = common.resolve_checkpoint(args.vae or meta["vae"])
@@ -102,8 +104,8 @@ def sample(args, proc):
     evaluations = nfe(args.steps, heun=args.sampler == "heun")
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
     common.print0(f"{num} images: {ckpt} (step {step}, {args.weights} weights, "
-                  f"{sum(p.numel() for p in model.parameters()):,} parameters), {args.sampler} {args.steps} steps = "
-                  f"{evaluations} evaluations, cfg {args.cfg:g} in {tuple(args.cfg_interval)}")
+                  f"{sum(p.numel() for p in model.parameters()):,} parameters), {args.sampler} {args.steps} "
+                  f"steps = {evaluations} evaluations, cfg {args.cfg:g} in {tuple(args.cfg_interval)}")
     if args.dry_run:
         return None
     model, vae = model.to(proc.device), vae.to(proc.device)
@@ -119,8 +121,8 @@ def sample(args, proc):
     images, labels = gather(images, labels, Path(args.out), proc)
     if proc.main:
         write(args, images, labels, meta, dict(
-            num_images=num, checkpoint=str(ckpt), checkpoint_sha256=file_hash(ckpt), step=step, vae=str(vae_path),
-            vae_hash=found, nfe=evaluations, autocast=str(dtype), device=str(proc.device),
+            num_images=num, checkpoint=str(ckpt), checkpoint_sha256=file_hash(ckpt), step=step,
+            vae=str(vae_path), vae_hash=found, nfe=evaluations, autocast=str(dtype), device=str(proc.device),
             guided_channels="all", time="t=1 noise, t=0 data"))
     return args.out
 
@@ -162,7 +164,8 @@ def write(args, images, labels, meta, facts):
     print(f"wrote {folder}/grid.png" + (" (one column per class)" if columns == meta["num_classes"] else ""))
     if args.npz:
         data.save_npz(folder / "samples.npz", images, labels)
-        print(f"wrote {folder}/samples.npz: {len(images)} images; next: python fid.py gfid REF {folder}/samples.npz")
+        print(f"wrote {folder}/samples.npz: {len(images)} images; "
+              f"next: python fid.py gfid REF {folder}/samples.npz")
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""The embedded data set: small scenes rendered by numpy, with exact attributes, in any number, from a seed alone.
+"""The embedded data set: small scenes rendered by numpy, exact attributes, any number, from a seed alone.
 
     dataset = Shapes(20000, seed=0, split="train")     # .images .labels .attributes .attribute_names .factors
     other = Shapes(20000, seed=0, split="train", frame=1)   # the same scenes, pose, size and light drawn anew

@@ -1,11 +1,12 @@
 """Stage 2: train a SiT flow transformer on the latents that encode.py wrote.
 
-    torchrun --nproc_per_node=8 train_sit.py --latents latents/            # SiT-XL/1, 80 epochs, batch 256
-    torchrun --nproc_per_node=8 train_sit.py --latents latents/ --repa     # with the REPA loss (needs the images)
-    python train_sit.py --latents out/quickstart/latents --model tiny/1 --steps 2000   # the embedded set, a CPU
+    torchrun --nproc_per_node=8 train_sit.py --latents latents/         # SiT-XL/1, 80 epochs, batch 256
+    torchrun --nproc_per_node=8 train_sit.py --latents latents/ --repa  # with the REPA loss (needs images)
+    python train_sit.py --latents out/quickstart/latents --model tiny/1 --steps 2000  # embedded set, a CPU
 
-z is drawn anew from the stored moments in each step, normalised per channel with the statistics stored beside them
-(which travel on in the checkpoint). Running the same command again continues from the newest checkpoint in --out.
+z is drawn anew from the stored moments in each step, normalised per channel with the statistics stored beside
+them (which travel on in the checkpoint). Running the same command again continues from the newest checkpoint
+in --out.
 """
 import argparse
 from contextlib import nullcontext
@@ -18,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import common
 import data
 from mapper import Teacher, alignment_loss
-from sit import (SIT_SIZES, SiT, SiTConfig, drop_labels, flow_loss, guided_velocity, interpolate, sample_ode, sample_t)
+from sit import (SIT_SIZES, SiT, SiTConfig, drop_labels, flow_loss, guided_velocity, interpolate, sample_ode,
+                 sample_t)
 from vae import load_vae
 
 FORMAT = "nanosendvae-sit"
@@ -33,12 +35,15 @@ def parse_args(argv=None):
     add("--workers", type=int, default=4, help="processes that read latents (and images), per device")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="XL/1", choices=tuple(SIT_SIZES), help="size/patch; /1 for f16 latents, /2 for f8")
-    add("--label-dropout", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
+    add("--label-dropout", type=float, default=0.1,
+        help="share of labels replaced by the null label, for guidance")
     add("--qk-norm", action="store_true", help="LayerNorm of queries and keys")
     add = parser.add_argument_group("REPA").add_argument
-    add("--repa", action="store_true", help="add REPA's loss: the tokens after --repa-block predict the teacher's")
+    add("--repa", action="store_true",
+        help="add REPA's loss: the tokens after --repa-block predict the teacher's")
     add("--repa-weight", type=float, default=0.5, help="weight of 1 - cos")
-    add("--repa-block", type=int, default=0, help="1-based; 0 = 8 for L and XL, 4 for smaller (REPA's choice)")
+    add("--repa-block", type=int, default=0,
+        help="1-based; 0 = 8 for L and XL, 4 for smaller (REPA's choice)")
     add("--data", default=None, help="the images that were encoded; default: the folder named in the latents")
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--teacher-weights", default=None, help="local file instead of the hub")
@@ -52,7 +57,8 @@ def parse_args(argv=None):
     add("--cooldown", type=int, default=0, help="last steps over which lr falls to 0")
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
     add("--ema", type=float, default=0.9999, help="decay of the weights' average (warms up)")
-    add("--t-sampling", default="uniform", choices=("uniform", "lognormal"), help="distribution of the noise time t")
+    add("--t-sampling", default="uniform", choices=("uniform", "lognormal"),
+        help="distribution of the noise time t")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging").add_argument
@@ -75,8 +81,8 @@ def build(args, latents):
     teacher, repa = None, {}
     height, width = meta["latent_size"]
     if height % size["patch_size"] or width % size["patch_size"]:
-        raise ValueError(f"--model {args.model}: patches of {size['patch_size']} do not tile {height} x {width} "
-                         f"latents; try {args.model.split('/')[0]}/1")
+        raise ValueError(f"--model {args.model}: patches of {size['patch_size']} do not tile "
+                         f"{height} x {width} latents; try {args.model.split('/')[0]}/1")
     if args.repa:
         teacher = Teacher(args.teacher, height // size["patch_size"], args.teacher_weights)
         block = args.repa_block or (8 if size["depth"] >= 24 else 4)
@@ -95,7 +101,8 @@ def describe(args, latents, model, micro, accum, world, steps):
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     meta, per_epoch = latents.meta, len(latents) // args.batch_size
-    common.print0(f"parameters: {args.model} {sum(p.numel() for p in model.parameters()):,} ({trained:,} trained)")
+    common.print0(f"parameters: {args.model} {sum(p.numel() for p in model.parameters()):,} "
+                  f"({trained:,} trained)")
     common.print0(f"latents: {len(latents):,} of {meta['channels']} x {meta['latent_size'][0]} x "
                   f"{meta['latent_size'][1]}, {meta['num_classes']} classes, VAE {meta['vae_hash'][:12]}")
     common.print0(f"batch: {args.batch_size} global = {world} processes x {accum} micro-batches x {micro}; "
@@ -106,9 +113,9 @@ def describe(args, latents, model, micro, accum, world, steps):
     z = torch.empty(1, meta["channels"], *meta["latent_size"], device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta")
     saved = common.saved_bytes(lambda: shadow(z, torch.empty(1, device="meta"), y))
-    common.print0(f"memory: about {(20 * trained + micro * saved) / 2**30:.1f} GiB per device in fp32 (weights, "
-                  f"gradients, AdamW, EMA; {saved / 2**20:.0f} MiB of activations an image), about half the "
-                  f"activations under bf16; the REPA teacher comes on top")
+    common.print0(f"memory: about {(20 * trained + micro * saved) / 2**30:.1f} GiB per device in fp32 "
+                  f"(weights, gradients, AdamW, EMA; {saved / 2**20:.0f} MiB of activations an image), about "
+                  f"half the activations under bf16; the REPA teacher comes on top")
 
 
 def train(args, proc):
@@ -129,8 +136,8 @@ def train(args, proc):
                              f"{args.data}; give --data the folder that encode.py read")
     run = Run(args, proc, latents, images, model, teacher, steps)
     run.resume()
-    loader = data.make_loader(latents if images is None else WithImages(latents, images), args.batch_size, proc.rank,
-                              proc.world, micro, args.seed, run.step, steps, args.workers)
+    loader = data.make_loader(latents if images is None else WithImages(latents, images), args.batch_size,
+                              proc.rank, proc.world, micro, args.seed, run.step, steps, args.workers)
     run.loop(loader, accum)
     return args.out
 
@@ -167,10 +174,11 @@ class Run:
         self.ddp = DDP(self.model, broadcast_buffers=False) if proc.world > 1 else self.model
 
     def state(self):
-        """Everything that the run needs to continue, and that sampling needs, as a plain dict; unwrapped names."""
+        """All that the run needs to continue, and that sampling needs, as a plain dict; unwrapped names."""
         return {"format": FORMAT, "step": self.step, "images_seen": self.step * self.args.batch_size,
-                "model": self.model.state_dict(), "ema": self.ema.state, "model_config": asdict(self.model.config),
-                "latents": self.meta, "optimizer": self.optimizer.state_dict(),
+                "model": self.model.state_dict(), "ema": self.ema.state,
+                "model_config": asdict(self.model.config), "latents": self.meta,
+                "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler and self.scaler.state_dict(), "args": vars(self.args),
                 "time": "t=0 data, t=1 noise, v = eps - z", "versions": common.versions()}
 
@@ -189,7 +197,8 @@ class Run:
         path, state = found
         if state["latents"]["vae_hash"] != self.meta["vae_hash"]:
             raise ValueError(f"{path} was trained on latents of VAE {state['latents']['vae_hash'][:12]}, "
-                             f"{self.args.latents} holds those of {self.meta['vae_hash'][:12]}; use another --out")
+                             f"{self.args.latents} holds those of {self.meta['vae_hash'][:12]}; "
+                             f"use another --out")
         if state["model_config"] != asdict(self.model.config):
             raise ValueError(f"{path} holds {state['args']['model']}, another model than the flags ask for "
                              f"({self.args.model}); give the same flags or another --out")
@@ -204,7 +213,8 @@ class Run:
     def loop(self, loader, accum):
         """Step until num_steps or a signal, logging, drawing previews and saving on the way."""
         args, stop, timer = self.args, common.StopSignal(), common.Timer(self.proc, self.step, self.num_steps)
-        log = common.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard, args.wandb)
+        log = common.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
+                         args.wandb)
         meter, batches = common.Meter(), iter(loader)
         bad_streak = torch.zeros((), device=self.proc.device)
         while self.step < self.num_steps:
@@ -251,7 +261,8 @@ class Run:
         args, device, step = self.args, self.proc.device, self.step
         moments, images = moments if self.teacher is not None else (moments, None)
         moments, y = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        draws = common.noise_for((2, moments.shape[1] // 2, *moments.shape[2:]), rows, device, args.seed, "sit", step)
+        draws = common.noise_for((2, moments.shape[1] // 2, *moments.shape[2:]), rows, device,
+                                 args.seed, "sit", step)
         u = common.uniform_for(2, rows, device, args.seed, "t", step)
         z = data.normalize_latents(data.sample_latents(moments, draws[:, 0]), self.mean, self.std)
         t = sample_t(u[:, 0], args.t_sampling)

@@ -1,12 +1,13 @@
 """Stage 1: fine-tune (or train) a KL autoencoder so that its noised latent predicts a teacher's patch tokens.
 
-    torchrun --nproc_per_node=8 train_vae.py                     # the paper: VA-VAE f16d32, ImageNet, 80 epochs
+    torchrun --nproc_per_node=8 train_vae.py                     # the paper: f16d32, ImageNet, 80 epochs
     python train_vae.py --data DIR --batch-size 32 --steps 1000  # one device, your own pictures
-    python train_vae.py --data shapes --vae tiny --init none --teacher shapes --lpips 0 --gan 0   # no hub, no data
+    python train_vae.py --data shapes --vae tiny --init none --teacher shapes --lpips 0 --gan 0  # no download
 
-Running the same command again continues from the newest checkpoint in --out; the continued run is bit-equal to an
-uninterrupted one on one device. Each step takes the same optimisation step on any number of processes.
-Loss (eq. 3 of arXiv:2601.05823): L1 + LPIPS + 0.1 GAN + 1e-6 KL + 1.0 alignment; `--align 0` is a plain KL-VAE.
+Running the same command again continues from the newest checkpoint in --out; the continued run is bit-equal
+to an uninterrupted one on one device. Each step takes the same optimisation step on any number of processes.
+Loss (eq. 3 of arXiv:2601.05823): L1 + LPIPS + 0.1 GAN + 1e-6 KL + 1.0 alignment; `--align 0` is a plain
+KL-VAE.
 """
 import argparse
 from contextlib import nullcontext
@@ -19,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import common
 import data
-from losses import (LPIPS, PatchDiscriminator, StepBatchNorm, adaptive_gan_weight, discriminator_loss, generator_loss, vae_loss)
+from losses import (LPIPS, PatchDiscriminator, StepBatchNorm, adaptive_gan_weight, discriminator_loss,
+                    generator_loss, vae_loss)
 from mapper import Mapper, MapperConfig, Teacher, alignment_loss
 from vae import VAE, VAE_SIZES, Posterior, load_vae
 
 FORMAT = "nanosendvae-vae"
 PUBLISHED_INIT = "hf://hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-f16d32-dinov2.pt"
-MAPPER_PATCH = {"f16d32": 1, "f8d4": 2, "tiny": 1}  # so that mapper tokens = teacher tokens (16 x 16 at 256 px)
+MAPPER_PATCH = {"f16d32": 1, "f8d4": 2, "tiny": 1}  # mapper tokens = teacher tokens (16 x 16 at 256 px)
 EVAL_IMAGES = 64
 
 
@@ -34,16 +36,20 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default=data.DEFAULT_DATA, help="folder of class folders, flat folder, or 'shapes' (embedded set)")
-    add("--val", default=None, help="folder of held-out images; default: the folder 'val' beside 'train', if any")
+    add("--data", default=data.DEFAULT_DATA,
+        help="folder of class folders, flat folder, or 'shapes' (embedded set)")
+    add("--val", default=None,
+        help="folder of held-out images; default: the folder 'val' beside 'train', if any")
     add("--image-size", type=int, default=None, help="pixels; default 256, or 32 for 'shapes'")
     add("--workers", type=int, default=8, help="processes that read images, per device")
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="f16d32", choices=tuple(VAE_SIZES), help="architecture; must fit --init")
-    add("--init", default=PUBLISHED_INIT, help="start weights: FILE, hf://owner/repo/file, or 'none' (from scratch)")
+    add("--init", default=PUBLISHED_INIT,
+        help="start weights: FILE, hf://owner/repo/file, or 'none' (from scratch)")
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--teacher-weights", default=None, help="local file instead of the hub")
-    add("--mapper", default="vit", choices=("vit", "linear"), help="linear: one convolution, no noise (as VA-VAE)")
+    add("--mapper", default="vit", choices=("vit", "linear"),
+        help="linear: one convolution, no noise (as VA-VAE)")
     add("--mapper-depth", type=int, default=1, help="ViT blocks; 0 = patch embedding and MLP only")
     add("--projector-dim", type=int, default=2048, help="hidden width of the mapper's MLP")
     add("--mapper-noise", default="on", choices=("on", "off"), help="noise the latent before the mapper")
@@ -54,7 +60,8 @@ def parse_args(argv=None):
     add("--lpips-weights", default=None, help="local torchvision VGG16 file instead of the hub")
     add("--kl", type=float, default=1e-6, help="KL, nats summed over the latent, mean over images")
     add("--gan", type=float, default=0.1, help="hinge PatchGAN, weight in the VAE loss")
-    add("--gan-adaptive", action="store_true", help="scale --gan by the gradient ratio at the last layer (as VQGAN)")
+    add("--gan-adaptive", action="store_true",
+        help="scale --gan by the gradient ratio at the last layer (as VQGAN)")
     add("--disc-start", type=int, default=0, help="step at which the discriminator begins to train")
     add("--disc-warmup", type=int, default=0, help="further steps before it enters the VAE loss")
     add = parser.add_argument_group("optimisation").add_argument
@@ -72,7 +79,8 @@ def parse_args(argv=None):
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging").add_argument
     add("--log-every", type=int, default=50, help="steps")
-    add("--eval-every", type=int, default=1000, help="steps between evaluations with a picture; 0 = at the end only")
+    add("--eval-every", type=int, default=1000,
+        help="steps between evaluations with a picture; 0 = at the end only")
     add("--save-every", type=int, default=5000, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="newest checkpoints kept")
     add("--stop-after-bad", type=int, default=100, help="stop after so many non-finite steps in a row")
@@ -128,8 +136,9 @@ def build(args, image_size):
         grid = image_size // vae.stride // patch
         teacher = Teacher(args.teacher, grid, args.teacher_weights)
         mapper = Mapper(MapperConfig(
-            z_channels=vae.config.z_channels, grid=grid, out_dim=teacher.dim, patch_size=patch, kind=args.mapper,
-            depth=args.mapper_depth, projector_dim=args.projector_dim, noise=args.mapper_noise == "on", bn_group=args.bn_group))
+            z_channels=vae.config.z_channels, grid=grid, out_dim=teacher.dim, patch_size=patch,
+            kind=args.mapper, depth=args.mapper_depth, projector_dim=args.projector_dim,
+            noise=args.mapper_noise == "on", bn_group=args.bn_group))
     lpips = LPIPS(args.lpips_weights) if args.lpips > 0 else None
     critic = Critic(PatchDiscriminator(), args.bn_group) if args.gan > 0 else None
     return vae.train(), mapper, teacher, lpips, critic
@@ -140,8 +149,8 @@ def describe(args, dataset, modules, micro, accum, world, steps):
     vae, mapper, teacher, lpips, critic = modules
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
     trained = 0
-    for name, module in (("vae", vae), ("mapper", mapper), ("discriminator", critic), ("teacher (frozen)", teacher),
-                         ("lpips (frozen)", lpips)):
+    for name, module in (("vae", vae), ("mapper", mapper), ("discriminator", critic),
+                         ("teacher (frozen)", teacher), ("lpips (frozen)", lpips)):
         if module is not None:
             count = sum(p.numel() for p in module.parameters())
             trained += 0 if "frozen" in name else count
@@ -155,9 +164,10 @@ def describe(args, dataset, modules, micro, accum, world, steps):
         shadow = VAE(vae.config)
     x = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
     saved = common.saved_bytes(lambda: shadow.decode(shadow.encode(x).mode()))
-    common.print0(f"memory: about {(16 * trained + micro * saved) / 2**30:.1f} GiB per device in fp32 (weights, "
-                  f"gradients, AdamW; {saved / 2**20:.0f} MiB of VAE activations an image), about half the "
-                  f"activations under bf16; teacher, LPIPS and discriminator activations come on top")
+    common.print0(f"memory: about {(16 * trained + micro * saved) / 2**30:.1f} GiB per device in fp32 "
+                  f"(weights, gradients, AdamW; {saved / 2**20:.0f} MiB of VAE activations an image), about "
+                  f"half the activations under bf16; "
+                  f"teacher, LPIPS and discriminator activations come on top")
 
 
 def train(args, proc):
@@ -165,8 +175,9 @@ def train(args, proc):
     dataset = data.open_dataset(args.data, args.image_size)
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
     if micro > args.bn_group and micro % args.bn_group or accum > 1 and micro % args.bn_group:
-        raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step would depend "
-                         f"on how the batch is cut; try --micro-batch-size {max(micro // args.bn_group, 1) * args.bn_group}")
+        raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step "
+                         f"would depend on how the batch is cut; try --micro-batch-size "
+                         f"{max(micro // args.bn_group, 1) * args.bn_group}")
     steps = args.steps or int(args.epochs * (len(dataset) // args.batch_size))
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
     modules = build(args, args.image_size)
@@ -175,15 +186,16 @@ def train(args, proc):
         return None
     run = Run(args, proc, modules, steps)
     run.resume()
-    loader = data.make_loader(dataset, args.batch_size, proc.rank, proc.world, micro, args.seed, run.step, steps,
-                              args.workers if proc.device.type != "mps" else 0)
+    loader = data.make_loader(dataset, args.batch_size, proc.rank, proc.world, micro, args.seed, run.step,
+                              steps, args.workers if proc.device.type != "mps" else 0)
     val_set = data.open_dataset(args.data, args.image_size, split="val", val=args.val)
     run.loop(loader, accum, val_set or dataset, "validation" if val_set is not None else "training")
     return args.out
 
 
 def latent_summary(z):
-    """Collapse detector of latents z (B, C, h, w): spread of the channels, effective rank (exp of the spectrum's entropy)."""
+    """Collapse detector of latents z (B, C, h, w): spread of the channels, effective rank (exp of the
+    spectrum's entropy)."""
     rows = z.float().transpose(0, 1).flatten(1)  # (C, B*h*w)
     spectrum = torch.linalg.eigvalsh(torch.cov(rows)).clamp_min(1e-12)
     share = spectrum / spectrum.sum()
@@ -205,7 +217,8 @@ class Run:
         self.dtype = common.resolve_dtype(args.dtype, proc.device)
         trainee = Trainee(self.vae, self.mapper)
         self.optimizer = common.adamw(trainee.parameters(), args.lr)
-        self.optimizer_disc = None if self.critic is None else common.adamw(self.critic.parameters(), args.disc_lr)
+        self.optimizer_disc = (None if self.critic is None else
+                               common.adamw(self.critic.parameters(), args.disc_lr))
         fp16 = self.dtype == torch.float16
         self.scalers = [torch.amp.GradScaler(proc.device.type) for _ in range(2)] if fp16 else [None, None]
         self.norms = StepBatchNorm(*[m for m in (self.mapper, self.critic) if m is not None])
@@ -245,8 +258,8 @@ class Run:
         theirs, ours = state["mapper_config"], self.mapper and asdict(self.mapper.config)
         if state["model_config"] != asdict(self.vae.config) or theirs != ours or \
                 (state["discriminator"] is None) != (self.critic is None):
-            raise ValueError(f"{path} was made with other model flags ({state['args']['vae']}, mapper {theirs}); "
-                             f"give the same flags or another --out")
+            raise ValueError(f"{path} was made with other model flags ({state['args']['vae']}, "
+                             f"mapper {theirs}); give the same flags or another --out")
         self.step = state["step"]
         self.vae.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -263,7 +276,8 @@ class Run:
     def loop(self, loader, accum, eval_set, eval_name):
         """Step until num_steps or a signal, logging, evaluating and saving on the way."""
         args, stop, timer = self.args, common.StopSignal(), common.Timer(self.proc, self.step, self.num_steps)
-        log = common.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard, args.wandb)
+        log = common.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
+                         args.wandb)
         meter, batches = common.Meter(), iter(loader)
         bad_streak = torch.zeros((), device=self.proc.device)
         show = ("loss", "rec", "align", "images_per_s")
@@ -342,7 +356,8 @@ class Run:
                          lpips_weight=args.lpips, kl_weight=args.kl)
         total = terms.pop("loss")
         if gan_on:
-            self.critic.requires_grad_(False)  # the VAE's gradient passes through, none stays in the discriminator
+            # The VAE's gradient passes through, none stays in the discriminator.
+            self.critic.requires_grad_(False)
             with common.autocast(device, self.dtype):
                 logits = self.critic.judge(x_hat)
             self.critic.requires_grad_(True)
@@ -368,7 +383,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, dataset, name):
-        """PSNR, held-out alignment and latent statistics on the first images of `dataset`; writes a picture."""
+        """PSNR, held-out alignment, latent statistics of the first images of `dataset`; writes a picture."""
         if not self.proc.main:
             return {}
         self.vae.eval()

@@ -18,7 +18,8 @@ torch.set_num_threads(2)
 
 def read_fixture(name):
     """Return (manifest dict, npz archive) of one golden fixture."""
-    return json.loads((GOLDEN / f"{name}.json").read_text()), np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+    manifest = json.loads((GOLDEN / f"{name}.json").read_text())
+    return manifest, np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
 
 
 def tensor(archive, key):

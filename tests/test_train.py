@@ -1,7 +1,7 @@
-"""The training scripts: resume, micro-batches, two processes, NaN batches, the numbers they log, every flag's branch.
+"""The training scripts: resume, micro-batches, two processes, NaN batches, the numbers logged, all flags.
 
-Run: ./test.sh tests/test_train.py (about 2 minutes on 2 cores). The models are tiny, the images are 32 px PNGs that
-the test writes, the teacher is the shipped one; two-process runs use torchrun with gloo on the CPU.
+Run: ./test.sh tests/test_train.py (about 2 minutes on 2 cores). The models are tiny, the images are 32 px
+PNGs that the test writes, the teacher is the shipped one; two-process runs use torchrun with gloo on the CPU.
 """
 import json
 import os
@@ -23,10 +23,11 @@ import sample
 import train_sit
 import train_vae
 
-VAE = ["--vae", "tiny", "--init", "none", "--teacher", "shapes", "--lpips", "0", "--image-size", "32", "--device", "cpu",
-       "--dtype", "fp32", "--workers", "0", "--batch-size", "16", "--bn-group", "4", "--log-every", "1", "--lr", "1e-3"]
-SIT = ["--model", "tiny/1", "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--batch-size", "16", "--log-every", "1",
-       "--lr", "1e-3"]
+VAE = ["--vae", "tiny", "--init", "none", "--teacher", "shapes", "--lpips", "0", "--image-size", "32",
+       "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--batch-size", "16", "--bn-group", "4",
+       "--log-every", "1", "--lr", "1e-3"]
+SIT = ["--model", "tiny/1", "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--batch-size", "16",
+       "--log-every", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +49,8 @@ def trained(pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     vae, latents, sit = (str(folder / name) for name in ("vae", "latents", "sit"))
     train_vae.main(["--data", pictures, *VAE, "--steps", "3", "--out", vae])
-    encode.main(["--data", pictures, "--vae", vae, "--image-size", "32", "--workers", "0", "--device", "cpu", "--out",
-                 latents, "--shard-size", "16"])
+    encode.main(["--data", pictures, "--vae", vae, "--image-size", "32", "--workers", "0", "--device", "cpu",
+                 "--out", latents, "--shard-size", "16"])
     train_sit.main(["--latents", latents, *SIT, "--steps", "3", "--out", sit])
     return folder, vae, latents, sit
 
@@ -79,7 +80,8 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
-TRAINING_STATE = ("step", "images_seen", "model", "ema", "mapper", "discriminator", "optimizer", "optimizer_disc")
+TRAINING_STATE = ("step", "images_seen", "model", "ema", "mapper", "discriminator", "optimizer",
+                  "optimizer_disc")
 
 
 def assert_same_run(a, b):
@@ -88,8 +90,8 @@ def assert_same_run(a, b):
 
 
 def assert_same_gradient(a, b, optimizer, tolerance=2e-5):
-    """Adam's first moments after one step are the gradients; compare those, since where a gradient is zero but
-    for rounding (a bias before a norm) Adam turns the rounding into a step of full size."""
+    """Adam's first moments after one step are the gradients; compare those, since where a gradient is zero
+    but for rounding (a bias before a norm) Adam turns the rounding into a step of full size."""
     a, b = (state[optimizer]["state"] for state in (a, b))
     assert a.keys() == b.keys() and len(a) > 0
     largest = max(float(entry["exp_avg"].abs().max()) for entry in a.values())
@@ -101,7 +103,8 @@ def assert_same_gradient(a, b, optimizer, tolerance=2e-5):
 def torchrun(script, *args, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -125,16 +128,16 @@ def test_sit_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path):
 
 def test_evaluation_does_not_change_training(pictures, tmp_path):
     for name, every in (("often", "1"), ("never", "0")):
-        train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--steps", "2", "--eval-every", every, "--out",
-                        str(tmp_path / name)])
+        train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--steps", "2", "--eval-every", every,
+                        "--out", str(tmp_path / name)])
     assert_same_run(newest(tmp_path / "often"), newest(tmp_path / "never"))
 
 
 def test_vae_step_does_not_depend_on_the_micro_batch(pictures, tmp_path):
     """Discriminator and mapper have BatchNorm, so this fails unless its groups are fixed."""
     for micro in ("16", "4"):
-        train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--steps", "1", "--micro-batch-size", micro, "--out",
-                        str(tmp_path / micro)])
+        train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--steps", "1", "--micro-batch-size", micro,
+                        "--out", str(tmp_path / micro)])
     one, four = newest(tmp_path / "16"), newest(tmp_path / "4")
     assert_same_gradient(one, four, "optimizer")
     assert_same_gradient(one, four, "optimizer_disc")
@@ -172,8 +175,8 @@ def test_two_processes_take_the_same_sit_step_and_encode_and_sample_the_same(pic
     train_sit.main(["--latents", latents, *SIT, "--steps", "1", "--out", str(tmp_path / "one")])
     torchrun("train_sit.py", "--latents", latents, *SIT, "--steps", "1", "--out", tmp_path / "two")
     assert_same_gradient(newest(tmp_path / "one"), newest(tmp_path / "two"), "optimizer")
-    torchrun("encode.py", "--data", pictures, "--vae", vae, "--image-size", "32", "--workers", "0", "--device", "cpu",
-             "--out", tmp_path / "latents", "--shard-size", "16")
+    torchrun("encode.py", "--data", pictures, "--vae", vae, "--image-size", "32", "--workers", "0",
+             "--device", "cpu", "--out", tmp_path / "latents", "--shard-size", "16")
     for name in sorted(os.listdir(latents)):
         if name.endswith(".npy"):
             ours, theirs = np.load(f"{latents}/{name}"), np.load(tmp_path / "latents" / name)
@@ -187,7 +190,8 @@ def test_two_processes_take_the_same_sit_step_and_encode_and_sample_the_same(pic
 
 
 def test_batch_size_does_not_change_a_sample_and_the_seed_does(trained, tmp_path):
-    flags = ["--ckpt", trained[3], "--num", "7", "--steps", "4", "--cfg", "1.5", "--device", "cpu", "--dtype", "fp32", "--npz"]
+    flags = ["--ckpt", trained[3], "--num", "7", "--steps", "4", "--cfg", "1.5", "--device", "cpu",
+             "--dtype", "fp32", "--npz"]
     outs = {}
     for name, more in (("a", ["--batch-size", "7"]), ("b", ["--batch-size", "2"]), ("c", ["--seed", "1"]),
                        ("d", ["--num", "3"])):
@@ -199,14 +203,16 @@ def test_batch_size_does_not_change_a_sample_and_the_seed_does(trained, tmp_path
 
 
 def test_sampling_again_from_the_protocol_alone_gives_the_same_bits(trained, tmp_path):
-    sample.main(["--ckpt", trained[3], "--num", "4", "--steps", "3", "--sampler", "heun", "--cfg", "2", "--cfg-interval", "0.2",
-                 "0.8", "--labels", "random", "--seed", "5", "--device", "cpu", "--npz", "--out", str(tmp_path / "a")])
+    sample.main(["--ckpt", trained[3], "--num", "4", "--steps", "3", "--sampler", "heun", "--cfg", "2",
+                 "--cfg-interval", "0.2", "0.8", "--labels", "random", "--seed", "5", "--device", "cpu",
+                 "--npz", "--out", str(tmp_path / "a")])
     protocol = json.loads((tmp_path / "a" / "protocol.json").read_text())
-    for key in ("checkpoint_sha256", "vae_hash", "latent_statistics_sha256", "weights", "nfe", "sampler", "steps", "cfg",
-                "cfg_interval", "guided_channels", "labels", "seed", "num_images", "autocast", "torch"):
+    for key in ("checkpoint_sha256", "vae_hash", "latent_statistics_sha256", "weights", "nfe", "sampler",
+                "steps", "cfg", "cfg_interval", "guided_channels", "labels", "seed", "num_images", "autocast",
+                "torch"):
         assert key in protocol, key
-    flags = [f"--{key.replace('_', '-')}={protocol[key]}" for key in ("weights", "sampler", "steps", "cfg", "labels", "seed",
-                                                                     "device", "dtype", "batch_size")]
+    flags = [f"--{key.replace('_', '-')}={protocol[key]}" for key in (
+        "weights", "sampler", "steps", "cfg", "labels", "seed", "device", "dtype", "batch_size")]
     sample.main(["--ckpt", protocol["checkpoint"], "--num", str(protocol["num_images"]), "--cfg-interval",
                  *map(str, protocol["cfg_interval"]), *flags, "--npz", "--out", str(tmp_path / "b")])
     first, second = (np.load(tmp_path / name / "samples.npz") for name in ("a", "b"))
@@ -214,8 +220,8 @@ def test_sampling_again_from_the_protocol_alone_gives_the_same_bits(trained, tmp
 
 
 def test_logged_loss_is_the_sum_of_its_weighted_terms(pictures, tmp_path):
-    train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--align", "0.7", "--kl", "1e-3", "--rec", "l2", "--steps", "2",
-                    "--out", str(tmp_path)])
+    train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--align", "0.7", "--kl", "1e-3", "--rec", "l2",
+                    "--steps", "2", "--out", str(tmp_path)])
     for row in rows(tmp_path):
         if "loss" in row:
             total = row["rec"] + 1e-3 * row["kl"] + 0.1 * row["gan"] + 0.7 * row["align"]
@@ -228,13 +234,14 @@ def run_of(pictures, tmp_path, *flags):
     args = train_vae.parse_args(["--data", pictures, *VAE, "--steps", "9", "--out", str(tmp_path), *flags])
     torch.manual_seed(0)
     run = train_vae.Run(args, common.setup("cpu"), train_vae.build(args, 32), 9)
-    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(1))
     return run, (images, torch.zeros(16, dtype=torch.int64), torch.arange(16), torch.arange(16))
 
 
 def snapshot(run):
-    return {k: v.clone() for m in (run.vae, run.mapper, run.critic) if m is not None for k, v in m.state_dict().items()
-            if "num_batches" not in k}
+    return {k: v.clone() for m in (run.vae, run.mapper, run.critic) if m is not None
+            for k, v in m.state_dict().items() if "num_batches" not in k}
 
 
 def test_nan_batch_changes_neither_weights_nor_statistics_nor_ema(pictures, tmp_path, monkeypatch):
@@ -257,13 +264,14 @@ def test_nan_batch_changes_neither_weights_nor_statistics_nor_ema(pictures, tmp_
 def test_run_of_bad_steps_stops_and_names_the_term(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae.data, "to_float", lambda images: images.float() * float("nan"))
     with pytest.raises(RuntimeError, match="3 steps in a row skipped.*first non-finite term: loss"):
-        train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "9", "--stop-after-bad", "3", "--out", str(tmp_path)])
+        train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "9", "--stop-after-bad", "3",
+                        "--out", str(tmp_path)])
 
 
 def test_discriminator_enters_the_vae_loss_only_after_its_warmup(pictures, tmp_path):
     """Before disc_start + disc_warmup the VAE's step equals, bit for bit, the one without a GAN."""
-    runs = [run_of(pictures, tmp_path, *flags)[0] for flags in (["--gan", "0"], ["--gan", "0.1", "--disc-start", "1",
-                                                                                  "--disc-warmup", "1"])]
+    runs = [run_of(pictures, tmp_path, *flags)[0] for flags in (
+        ["--gan", "0"], ["--gan", "0.1", "--disc-start", "1", "--disc-warmup", "1"])]
     batch = run_of(pictures, tmp_path, "--gan", "0")[1]
     plain, gan = runs
     gan.vae.load_state_dict(plain.vae.state_dict())
@@ -274,7 +282,8 @@ def test_discriminator_enters_the_vae_loss_only_after_its_warmup(pictures, tmp_p
             run.train_step([batch], common.Meter())
             run.step += 1
         same = all(torch.equal(v, gan.vae.state_dict()[k]) for k, v in plain.vae.state_dict().items())
-        assert same == (step < 2), f"step {step}: the VAE {'has not' if same else 'has'} felt the discriminator"
+        felt = "has not" if same else "has"
+        assert same == (step < 2), f"step {step}: the VAE {felt} felt the discriminator"
         moved = any(not torch.equal(disc[k], v) for k, v in gan.critic.named_parameters())
         assert moved == (step >= 1), f"step {step}: the discriminator has {'' if moved else 'not '}moved"
 
@@ -284,9 +293,11 @@ def test_align_zero_is_a_plain_vae_bit_for_bit(pictures, tmp_path):
     run, batch = run_of(pictures, tmp_path, "--gan", "0", "--align", "1")
     total, _, terms = run._vae_loss(train_vae.data.to_float(batch[0]), batch[3], False)
     decoder = list(run.vae.decoder.parameters())
-    assert all(g is None for g in torch.autograd.grad(terms["align"], decoder, allow_unused=True, retain_graph=True))
+    assert all(g is None for g in torch.autograd.grad(terms["align"], decoder, allow_unused=True,
+                                                      retain_graph=True))
+    encoder = list(run.vae.encoder.parameters())
     assert any(g is not None and g.abs().sum() > 0
-               for g in torch.autograd.grad(terms["align"], list(run.vae.encoder.parameters()), allow_unused=True))
+               for g in torch.autograd.grad(terms["align"], encoder, allow_unused=True))
     assert all(not p.requires_grad for p in run.teacher.parameters())
     plain, _ = run_of(pictures, tmp_path, "--gan", "0", "--align", "0")
     plain.vae.load_state_dict(run.vae.state_dict())
@@ -296,9 +307,9 @@ def test_align_zero_is_a_plain_vae_bit_for_bit(pictures, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--mapper", "linear"], ["--mapper-noise", "off"], ["--mapper-depth", "0"], ["--mapper-depth", "2"],
-    ["--gan", "0.1", "--gan-adaptive"], ["--rec", "l2"], ["--align", "0"], ["--checkpointing"], ["--warmup", "2"],
-    ["--cooldown", "2"], ["--grad-clip", "0"], ["--dtype", "bf16"], ["--disc-start", "1", "--gan", "0.1"]],
-    ids=lambda flags: " ".join(flags))
+    ["--gan", "0.1", "--gan-adaptive"], ["--rec", "l2"], ["--align", "0"], ["--checkpointing"],
+    ["--warmup", "2"], ["--cooldown", "2"], ["--grad-clip", "0"], ["--dtype", "bf16"],
+    ["--disc-start", "1", "--gan", "0.1"]], ids=lambda flags: " ".join(flags))
 def test_every_vae_flag_trains(pictures, tmp_path, flags):
     train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "2", *flags, "--out", str(tmp_path)])
     losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
@@ -306,8 +317,9 @@ def test_every_vae_flag_trains(pictures, tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--repa", "--teacher", "shapes", "--repa-block", "2"], ["--t-sampling", "lognormal"], ["--qk-norm"], ["--checkpointing"],
-    ["--label-dropout", "0"], ["--dtype", "bf16"], ["--warmup", "2", "--cooldown", "1"]], ids=lambda flags: " ".join(flags))
+    ["--repa", "--teacher", "shapes", "--repa-block", "2"], ["--t-sampling", "lognormal"], ["--qk-norm"],
+    ["--checkpointing"], ["--label-dropout", "0"], ["--dtype", "bf16"],
+    ["--warmup", "2", "--cooldown", "1"]], ids=lambda flags: " ".join(flags))
 def test_every_sit_flag_trains(trained, tmp_path, flags):
     train_sit.main(["--latents", trained[2], *SIT, "--steps", "2", *flags, "--out", str(tmp_path)])
     losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
@@ -321,9 +333,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pictures, trained, tmp_path,
     out = tmp_path / "out"
     {"train_vae.py": lambda: train_vae.main(["--data", pictures, *VAE, "--dry-run", "--out", str(out)]),
      "train_sit.py": lambda: train_sit.main(["--latents", latents, *SIT, "--dry-run", "--out", str(out)]),
-     "encode.py": lambda: encode.main(["--data", pictures, "--vae", vae, "--image-size", "32", "--device", "cpu",
-                                       "--dry-run", "--out", str(out)]),
-     "sample.py": lambda: sample.main(["--ckpt", sit, "--device", "cpu", "--dry-run", "--out", str(out)])}[script]()
+     "encode.py": lambda: encode.main(["--data", pictures, "--vae", vae, "--image-size", "32",
+                                       "--device", "cpu", "--dry-run", "--out", str(out)]),
+     "sample.py": lambda: sample.main(["--ckpt", sit, "--device", "cpu", "--dry-run",
+                                       "--out", str(out)])}[script]()
     printed = capsys.readouterr().out
     assert "configuration: " in printed and "parameters" in printed and not out.exists()
 
@@ -333,10 +346,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pictures, trained, tmp_path,
     (["train_vae.py", "--btach-size", "3"], "unrecognized arguments: --btach-size"),
     (["train_sit.py", "--latents", "nowhere"], "nowhere"),
     (["sample.py", "--ckpt", "nowhere"], "nowhere"),
-    (["encode.py", "--data", "shapes", "--vae", "nowhere"], "nowhere")], ids=lambda x: x[0] if isinstance(x, list) else "")
+    (["encode.py", "--data", "shapes", "--vae", "nowhere"], "nowhere")],
+    ids=lambda x: x[0] if isinstance(x, list) else "")
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, command, message):
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], "--device", "cpu"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()[-1]) < 400
 
@@ -349,9 +363,11 @@ def test_other_model_flags_in_the_same_folder_are_refused(pictures, trained):
 
 
 def test_guidance_without_label_dropout_is_refused(trained, tmp_path):
-    train_sit.main(["--latents", trained[2], *SIT, "--steps", "1", "--label-dropout", "0", "--out", str(tmp_path / "sit")])
+    train_sit.main(["--latents", trained[2], *SIT, "--steps", "1", "--label-dropout", "0",
+                    "--out", str(tmp_path / "sit")])
     with pytest.raises(ValueError, match="without label dropout"):
-        sample.main(["--ckpt", str(tmp_path / "sit"), "--cfg", "2", "--device", "cpu", "--out", str(tmp_path / "s")])
+        sample.main(["--ckpt", str(tmp_path / "sit"), "--cfg", "2", "--device", "cpu",
+                     "--out", str(tmp_path / "s")])
 
 
 def test_latents_of_another_vae_are_refused(pictures, trained, tmp_path):
@@ -362,8 +378,8 @@ def test_latents_of_another_vae_are_refused(pictures, trained, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_continues(pictures, tmp_path):
-    command = [sys.executable, str(ROOT / "train_vae.py"), "--data", pictures, *VAE, "--gan", "0", "--steps", "100000",
-               "--save-every", "100000", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "train_vae.py"), "--data", pictures, *VAE, "--gan", "0",
+               "--steps", "100000", "--save-every", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while not (tmp_path / "log.jsonl").exists() or len(rows(tmp_path)) < 4:
         time.sleep(0.2)

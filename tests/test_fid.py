@@ -1,0 +1,517 @@
+"""Distances between sets of images: golden numbers, closed forms, brute force, invariances, and the commands.
+
+    pytest tests/test_fid.py          about 40 s on 2 CPU cores, most of it Inception at 299 px
+"""
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fill_by_name, read_fixture, tensor
+from PIL import Image
+
+import common
+import data
+import features
+import fid
+from vae import VAE, VAE_SIZES
+
+METRICS, NUMBERS = read_fixture("metrics")
+INCEPTION, ACTIVATIONS = read_fixture("inception")
+KINDS = sorted({(case, key.split("/")[1]) for case in INCEPTION["cases"] for key in ACTIVATIONS.files
+                if key.startswith(case + "/") and key.count("/") == 2})
+JUDGE = ["--features", "shapes", "--device", "cpu"]
+TOLERANCE = {"sfid": 5e-5, "softmax": 1e-7, "softmax_unbiased": 1e-7}  # README's table; the others 2e-5
+
+
+def stats_of(x, batch=64):
+    """Statistics of rows x (n, D), streamed in batches."""
+    stats = fid.FeatureStats(keep_every=1)
+    for part in torch.as_tensor(x).split(batch):
+        stats.update(part)
+    return stats.all_reduce()
+
+
+def distance(a, b):
+    return fid.frechet_distance(a.mean(), a.cov(), b.mean(), b.cov())
+
+
+def gaussian(n, dim, seed, scale=1.0, shift=0.0):
+    return scale * np.random.default_rng(seed).standard_normal((n, dim)) + shift
+
+
+def random_covariance(dim, seed):
+    a = np.random.default_rng(seed).standard_normal((dim, 2 * dim))
+    return a @ a.T / (2 * dim)
+
+
+# golden numbers
+
+@pytest.mark.parametrize("name", METRICS["cases"])
+def test_frechet_distance_equals_the_published_codes(name):
+    pair = [stats_of(NUMBERS[f"{name}/{key}"]) for key in ("ref", "sample")]
+    rel = 1e-3 if any(stats.n <= len(stats.mean()) for stats in pair) else 1e-6
+    for key in ("fd_pytorch_fid", "fd_adm", "fd_torch_fidelity"):
+        assert distance(*pair) == pytest.approx(float(NUMBERS[f"{name}/{key}"]), rel=rel)
+
+
+@pytest.mark.parametrize("name", METRICS["cases"])
+@pytest.mark.parametrize("block", [64, 1000])
+def test_precision_and_recall_equal_the_exact_definition_and_almost_adms(name, block):
+    ref, sample = tensor(NUMBERS, f"{name}/ref"), tensor(NUMBERS, f"{name}/sample")
+    for k in (3, 5):
+        found = fid.precision_recall(ref, sample, k, block)
+        for value, measure, n in zip(found, ("precision", "recall"), (len(sample), len(ref))):
+            exact, adm = (float(NUMBERS[f"{name}/{key}"]) for key in
+                          (f"exact_{measure}_k{k}", f"adm_{measure}" + ("" if k == 3 else f"_k{k}")))
+            assert value == pytest.approx(exact, abs=1e-6)  # decisions counted: no rounding between them
+            assert value == pytest.approx(adm, abs=2.5 / n)  # ADM's fp16 distances flip a decision or two
+
+
+@pytest.mark.parametrize("name", METRICS["cases"])
+def test_kernel_distance_equals_torch_fidelity(name):
+    pair, kid = [tensor(NUMBERS, f"{name}/{key}") for key in ("ref", "sample")], METRICS["cases"][name]["kid"]
+    found = fid.kernel_distance(*pair, kid["kid_subsets"], kid["kid_subset_size"], kid["rng_seed"])
+    for value, key in zip(found, ("kid_mean", "kid_std")):
+        assert value == pytest.approx(float(NUMBERS[f"{name}/{key}"]), rel=2e-5)  # fp32 there
+        assert value == pytest.approx(float(NUMBERS[f"{name}/{key}_float64_input"]), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS["cases"] if f"{name}/is_features" in NUMBERS])
+def test_inception_score_equals_adm_and_torch_fidelity(name):
+    logits = tensor(NUMBERS, f"{name}/is_features") @ tensor(NUMBERS, f"{name}/is_weight")
+    seen = 0
+    for key in (key.split("/")[1] for key in NUMBERS.files if key.startswith(f"{name}/is_")):
+        adm, parts = re.fullmatch(r"is_adm_split(\d+)", key), re.fullmatch(
+            r"is_torch_fidelity_splits(\d+)_(ordered|shuffled)_mean", key)
+        if adm:
+            found = fid.inception_score(logits, int(adm[1]))
+        elif parts:
+            shuffled = np.random.RandomState(2020).permutation(len(logits))
+            rows = logits[shuffled] if parts[2] == "shuffled" else logits
+            found = fid.inception_score(rows, len(logits) // int(parts[1]))
+            std = float(NUMBERS[f"{name}/{key.removesuffix('mean')}std"])
+            assert found[1] == pytest.approx(std, rel=1e-5, abs=1e-6)
+        else:
+            continue
+        assert found[0] == pytest.approx(float(NUMBERS[f"{name}/{key}"]), rel=1e-6)
+        seen += 1
+    assert seen
+
+
+@pytest.fixture(scope="module")
+def inception():
+    """Inception networks by table of weights, filled as the manifest says; made once."""
+    made = {}
+
+    def get(table):
+        if table not in made:
+            with torch.device("meta"):
+                net = fid.FIDInception()
+            made[table] = fill_by_name(net.to_empty(device="cpu").eval(), INCEPTION, table, ACTIVATIONS)
+        return made[table]
+    return get
+
+
+@pytest.mark.parametrize("name, kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inception_activations_equal_the_published_ports(name, kind, dtype, inception):
+    net = inception(INCEPTION["cases"][name]["tensors"]).to(dtype)
+    net.resize = kind.replace("_", "-")
+    with torch.no_grad():
+        images = tensor(ACTIVATIONS, f"{name}/images_u8").permute(0, 3, 1, 2)
+        out = net(images)
+        resized = net.preprocess(images)[:, :, ::13, ::13]
+    out["sfid"] = out["spatial"].view(-1, 17, 17, 7)
+    out |= {key.replace("logits", "softmax"): out[key].softmax(1) for key in ("logits", "logits_unbiased")}
+    out["resized_slice"] = resized * 128 + 128 if kind == "tf1" else (resized + 1) / 2
+    stored = [key for key in ACTIVATIONS.files if key.startswith(f"{name}/{kind}/")]
+    checked = 0
+    for key in stored:
+        output, _, exact = key.split("/")[-1].partition("@")
+        if (exact == "f64") == (dtype == torch.float64):
+            atol = 1e-9 if exact else TOLERANCE.get(output, 2e-5)
+            np.testing.assert_allclose(out[output].numpy(), ACTIVATIONS[key], rtol=1e-6, atol=atol,
+                                       err_msg=key)
+            checked += 1
+    assert checked or dtype == torch.float64
+    assert checked == len([key for key in stored if ("@" in key) == (dtype == torch.float64)])
+
+
+def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(tmp_path, inception):
+    net = inception(next(iter(INCEPTION["tensors"]))).float()
+    state = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "weights.pth")  # the published file has no batch counters
+    loaded = fid.Extractor("inception", tmp_path / "weights.pth", "pytorch-fid").net
+    assert loaded.resize == "pytorch-fid" and not loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in state.items())
+    torch.save({key: value for key, value in state.items() if key != "fc.bias"}, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match="short.pth: not pt_inception"):
+        features.load_inception(tmp_path / "short.pth")
+    with pytest.raises(FileNotFoundError, match="absent.pth.*6726825d.*https://.*--inception"):
+        features.load_inception(tmp_path / "absent.pth")
+
+
+def test_without_inception_weights_there_is_an_error_not_a_random_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="pt_inception-2015-12-05-6726825d.pth"):
+        fid.main(["gfid", "shapes", "shapes", "--device", "cpu"])
+
+
+# closed forms
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    rng = np.random.default_rng(0)
+    mu1, mu2, a, b = rng.standard_normal(50), rng.standard_normal(50), rng.random(50), 5 * rng.random(50)
+    expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert fid.frechet_distance(mu1, np.diag(a), mu2, np.diag(b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_covariances_leave_the_squared_distance_of_the_means():
+    sigma, mu = random_covariance(40, 1), np.linspace(-1, 2, 40)
+    assert fid.frechet_distance(mu, sigma, 0 * mu, sigma) == pytest.approx((mu**2).sum(), rel=1e-9)
+
+
+def test_scaled_covariance_costs_trace_times_squared_difference_of_scales():
+    sigma, zero = random_covariance(40, 2), np.zeros(40)
+    expected = np.trace(sigma) * (3 - 1) ** 2
+    assert fid.frechet_distance(zero, sigma, zero, 9 * sigma) == pytest.approx(expected, rel=1e-9)
+    eye = np.eye(40)
+    assert fid.frechet_distance(zero, eye, zero, 16 * eye) == pytest.approx(40 * (4 - 1) ** 2, rel=1e-9)
+
+
+def test_frechet_distance_of_commuting_rotated_gaussians_does_not_depend_on_the_rotation():
+    q, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((30, 30)))
+    a, b, zero = np.linspace(0.1, 2, 30), np.linspace(3, 0, 30), np.zeros(30)
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert fid.frechet_distance(zero, q * a @ q.T, zero, q * b @ q.T) == pytest.approx(expected, rel=1e-7)
+
+
+def test_frechet_distance_is_symmetric_and_zero_for_equal_sets_also_below_full_rank():
+    full, short = stats_of(gaussian(300, 64, 4, 30)), stats_of(gaussian(20, 64, 5, 40, 3))
+    assert distance(full, short) == pytest.approx(distance(short, full), rel=1e-6)
+    assert np.isfinite(distance(full, short)) and distance(full, short) > 0
+    assert abs(distance(full, full)) < 1e-3 and abs(distance(short, short)) < 1e-3
+
+
+def test_constant_features_have_the_squared_distance_of_the_means():
+    pair = [stats_of(np.full((5, 3), value)) for value in (1.0, 3.0)]
+    assert distance(*pair) == pytest.approx(3 * 2**2)
+
+
+def test_frechet_distance_refuses_nan_and_other_shapes():
+    good = np.zeros(4), np.eye(4)
+    with pytest.raises(ValueError, match="not finite"):
+        fid.frechet_distance(*good, np.full(4, np.nan), np.eye(4))
+    with pytest.raises(ValueError, match="shapes"):
+        fid.frechet_distance(*good, np.zeros(5), np.eye(5))
+
+
+# statistics
+
+@pytest.mark.parametrize("batch", [1, 13, 500])
+def test_streaming_statistics_equal_numpy_in_one_piece(batch):
+    x = gaussian(200, 12, 6, 3, 100).astype(np.float32)  # far from 0: fp32 sums would lose digits
+    stats = stats_of(x, batch)
+    assert stats.n == 200
+    np.testing.assert_allclose(stats.mean(), x.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.cov(), np.cov(x.astype(np.float64), rowvar=False), rtol=1e-8, atol=1e-9)
+
+
+def test_statistics_and_measures_do_not_depend_on_the_order_of_the_images():
+    x, y = gaussian(120, 8, 7), gaussian(100, 8, 8, 1.2)
+    shuffled = np.random.default_rng(9).permutation(120)
+    expected = distance(stats_of(x), stats_of(y))
+    assert distance(stats_of(x[shuffled]), stats_of(y)) == pytest.approx(expected, rel=1e-9)
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert fid.precision_recall(x, y) == fid.precision_recall(x[shuffled], y)
+
+
+def test_changing_dimensions_and_single_images_are_refused():
+    stats = stats_of(gaussian(1, 4, 0))
+    with pytest.raises(ValueError, match="at least 2"):
+        stats.cov()
+    with pytest.raises(ValueError, match="5 dimensions, those before 4"):
+        stats.update(torch.zeros(2, 5))
+
+
+def test_two_processes_have_the_statistics_and_rows_of_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, common, fid
+proc = common.setup("cpu")
+mine = slice(0, 8) if proc.main else slice(8, 20)
+stats = fid.FeatureStats(keep_every=2)
+stats.update({{"features": torch.arange(60.).view(20, 3).sin()[mine], "labels": torch.arange(20)[mine]}})
+stats.all_reduce()
+assert stats.rows["labels"].tolist() == list(range(20)), stats.rows
+if proc.main:
+    stats.save({str(tmp_path / "two.npz")!r})
+common.finish()
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    x = torch.arange(60.).view(20, 3).sin()
+    one, two = stats_of(x), fid.FeatureStats.load(tmp_path / "two.npz")
+    assert two.n == 20
+    np.testing.assert_allclose(two.mean(), one.mean(), rtol=1e-12)
+    np.testing.assert_allclose(two.cov(), one.cov(), rtol=1e-12)
+    assert torch.equal(two.rows["features"], x[::2])
+
+
+def test_statistics_survive_a_file(tmp_path):
+    stats = stats_of(gaussian(50, 6, 10))
+    stats.meta = {"name": "noise-50", "extractor": "none", "image_size": 32}
+    stats.save(tmp_path / "stats.npz")
+    again = fid.FeatureStats.load(tmp_path / "stats.npz")
+    assert again.n == 50 and again.meta == stats.meta
+    assert (again.mean() == stats.mean()).all() and (again.cov() == stats.cov()).all()
+    assert torch.equal(again.rows["features"], stats.rows["features"])
+    assert [file.name for file in tmp_path.iterdir()] == ["stats.npz"]
+
+
+@pytest.mark.parametrize("key, mine, theirs", [
+    ("extractor", "inception", "shapes"), ("resize", "tf1", "pytorch-fid"), ("weights", "aa", "bb"),
+    ("image_size", 256, 32)])
+def test_statistics_that_were_measured_differently_are_not_compared(key, mine, theirs):
+    a, b = stats_of(gaussian(9, 4, 0)), stats_of(gaussian(9, 4, 1))
+    a.meta, b.meta = {"name": "left", key: mine}, {"name": "right", key: theirs}
+    with pytest.raises(ValueError, match=f"{key} differs: left has {mine}, right has {theirs}"):
+        fid.gfid(a, b)
+    with pytest.raises(ValueError, match="dimensions differs: reference has 5, right has 4"):
+        fid.gfid(stats_of(gaussian(9, 5, 0)), b)
+
+
+def test_adm_reference_is_compared_without_its_number_of_images(tmp_path):
+    x, s = gaussian(90, 6, 11), gaussian(90, 5, 12)
+    np.savez(tmp_path / "VIRTUAL_x.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False), mu_s=s.mean(0),
+             sigma_s=np.cov(s, rowvar=False))
+    reference = fid.FeatureStats.load(tmp_path / "VIRTUAL_x.npz")
+    assert reference.n is None
+    assert reference.meta == {"name": "VIRTUAL_x", "extractor": "inception", "resize": "tf1"}
+    samples = fid.FeatureStats({"extractor": "inception", "resize": "tf1", "weights": "aa"})
+    samples.update({"features": torch.from_numpy(x), "spatial": torch.from_numpy(s + 1)})
+    result = fid.gfid(reference, samples.all_reduce())
+    assert abs(result["fd"]) < 1e-6 and result["sfid"] == pytest.approx(5) and result["n"] == 90
+    samples.meta["resize"] = "pytorch-fid"
+    with pytest.raises(ValueError, match="resize"):
+        fid.gfid(reference, samples)
+
+
+# nearest neighbours, by brute force
+
+def brute_precision_recall(ref, sample, k):
+    def radius(points, i):
+        return sorted(((points[i] - p) ** 2).sum() for p in points)[k]
+
+    def share(points, others):
+        radii = [radius(others, i) for i in range(len(others))]
+        return np.mean([any(((p - o) ** 2).sum() <= r for o, r in zip(others, radii)) for p in points])
+    return share(sample, ref), share(ref, sample)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_equal_brute_force(k):
+    ref, sample = gaussian(30, 3, 13), gaussian(25, 3, 14, 0.7, 0.5)
+    expected = brute_precision_recall(ref, sample, k)
+    found = fid.precision_recall(torch.from_numpy(ref), torch.from_numpy(sample), k, block=4)
+    assert found == pytest.approx(expected) and 0 < found[0] < 1 and 0 < found[1] < 1
+
+
+def test_equal_sets_have_precision_and_recall_one_and_far_sets_zero():
+    x = torch.from_numpy(gaussian(40, 4, 15))
+    assert fid.precision_recall(x, x) == (1, 1)
+    assert fid.precision_recall(x, x + 100) == (0, 0)
+    with pytest.raises(ValueError, match="more than 3"):
+        fid.precision_recall(x[:3], x)
+
+
+def test_kernel_distance_is_unbiased_and_grows_with_the_shift():
+    x, y = (torch.from_numpy(gaussian(600, 10, seed)) for seed in (16, 17))
+    near, spread = fid.kernel_distance(x, y, subsets=50, subset_size=100)
+    assert abs(near) < 4 * spread / 50**0.5 + 0.02
+    assert fid.kernel_distance(x, y + 1, subsets=10, subset_size=100)[0] > 1
+    with pytest.raises(ValueError, match="600 samples, 600 references; KID wants 1000"):
+        fid.kernel_distance(x, y)
+
+
+def test_inception_score_is_one_without_and_the_number_of_classes_with_certainty():
+    assert fid.inception_score(torch.zeros(50, 7))[0] == pytest.approx(1)
+    assert fid.inception_score(100 * torch.eye(7).repeat(5, 1))[0] == pytest.approx(7)
+
+
+# images
+
+def test_psnr_is_the_closed_form_for_a_constant_error():
+    x = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    y = torch.stack([x[0] + 5, x[1]])
+    assert fid.psnr(x, y).tolist() == pytest.approx([20 * np.log10(255 / 5), 100])
+
+
+def test_ssim_equals_the_definition_at_one_window_and_the_closed_form_for_flat_images():
+    rng = np.random.default_rng(18)
+    x, y = rng.integers(0, 256, (2, 1, 3, 11, 11), dtype=np.uint8)  # one window per colour
+    line = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5**2))
+    w = np.outer(line, line) / np.outer(line, line).sum()
+    values = []
+    for a, b in zip(x[0].astype(float), y[0].astype(float)):
+        ma, mb = (w * a).sum(), (w * b).sum()
+        va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        values.append((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
+    found = fid.ssim(torch.from_numpy(x), torch.from_numpy(y)).item()
+    assert found == pytest.approx(np.mean(values), abs=1e-5)
+    flat = [torch.full((1, 3, 20, 24), value, dtype=torch.uint8) for value in (50, 90)]
+    expected = (2 * 50 * 90 + c1) / (50**2 + 90**2 + c1)
+    assert fid.ssim(*flat).item() == pytest.approx(expected, abs=1e-4)
+    images = torch.from_numpy(rng.integers(0, 256, (3, 3, 32, 32), dtype=np.uint8))
+    assert fid.ssim(images, images).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+# commands, on the embedded set and its judge
+
+class Identity:
+    """A VAE that reconstructs exactly."""
+
+    def encode(self, x):
+        self.mode = lambda: x
+        return self
+
+    @staticmethod
+    def decode(z):
+        return z
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return fid.load_extractor("shapes")
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory):
+    """300 images of the training split: (folder, data set); as npz with labels and as a folder of PNGs."""
+    folder, shapes = tmp_path_factory.mktemp("small"), data.Shapes(300, 5, "train")
+    data.save_npz(folder / "samples.npz", shapes.images, shapes.labels)
+    (folder / "pictures").mkdir()
+    for i, image in enumerate(shapes.images):
+        Image.fromarray(image).save(folder / "pictures" / f"{i:03d}.png")
+    return folder, shapes
+
+
+def test_identical_reconstructions_have_distance_zero_and_perfect_psnr_and_ssim(judge):
+    result = fid.rfid(data.eval_loader(data.Shapes(200, 0, "val"), 64), Identity(), judge)
+    assert abs(result["fd"]) < 1e-3 and result["psnr_db"] == 100 and result["n"] == 200
+    assert result["ssim"] == pytest.approx(1, abs=1e-5) and result["class_accuracy"] > 0.97
+
+
+def test_judge_knows_the_classes_and_sees_noise(judge):
+    shapes = data.Shapes(400, 3, "train")
+    clean = fid.compute_stats(data.eval_loader(shapes, 100), judge)
+    others = fid.compute_stats(data.eval_loader(data.Shapes(400, 4, "train"), 100), judge)
+    noisy = data.Shapes(400, 4, "train")
+    noise = 80 * np.random.default_rng(0).standard_normal(noisy.images.shape)
+    noisy.images = np.clip(noisy.images + noise, 0, 255).astype(np.uint8)
+    damaged = fid.compute_stats(data.eval_loader(noisy, 100), judge)
+    assert fid.gfid(clean, damaged)["fd"] > 2 * fid.gfid(clean, others)["fd"]
+    assert fid.gfid(clean, others)["class_accuracy"] > 0.97
+
+
+def test_any_callable_extracts_features():
+    def extractor(images_u8):
+        return images_u8.float().mean((2, 3))
+    loaders = [data.eval_loader(data.Shapes(60, seed, "val"), 16) for seed in (0, 1)]
+    result = fid.gfid(*(fid.compute_stats(loader, extractor) for loader in loaders))
+    assert result["n"] == 60 and result["fd"] > 0 and "class_accuracy" not in result
+
+
+def test_gfid_prints_n_and_reference_and_writes_its_protocol(small_set, capsys):
+    folder, _ = small_set
+    result = fid.main(["gfid", "shapes", str(folder / "samples.npz"), *JUDGE, "--out", str(folder / "gfid.json")])
+    text = capsys.readouterr().out
+    assert re.search(r"^FD-judge-300 vs shapes-val-\d+ +[\d.]+$", text, re.M)
+    assert "warning" not in text  # 300 images > 128 features
+    protocol = json.loads((folder / "gfid.json").read_text())
+    assert protocol["fd"] == result["fd"] and protocol["n"] == 300 and protocol["class_accuracy"] > 0.97
+    assert protocol["reference"]["extractor"] == "shapes" and "samples.npz" in protocol["args"]["samples"]
+    assert {"precision", "recall", "kid", "title", "versions"} <= {*protocol}
+
+
+def test_statistics_of_a_folder_are_a_reference_at_distance_zero_of_it(small_set, capsys):
+    folder, _ = small_set
+    flags = [*JUDGE, "--workers", "0", "--image-size", "32"]
+    fid.main(["stats", str(folder / "pictures"), "--out", str(folder / "ref.npz"), *flags])
+    for samples in ("pictures", "samples.npz"):
+        result = fid.main(["gfid", str(folder / "ref.npz"), str(folder / samples), *flags, "--out",
+                           str(folder / "zero.json")])
+        assert abs(result["fd"]) < 1e-3 and result["precision"] == result["recall"] == 1
+        assert re.search(r"^FD-judge-300 vs pictures-300 ", capsys.readouterr().out, re.M)
+
+
+def test_few_images_give_one_warning_with_n_and_dimensions(small_set, capsys):
+    folder, shapes = small_set
+    data.save_npz(folder / "few.npz", shapes.images[:50], shapes.labels[:50])
+    result = fid.main(["gfid", "shapes", str(folder / "few.npz"), *JUDGE, "--out", str(folder / "few.json")])
+    text = capsys.readouterr().out
+    assert text.count("warning") == 1 and "n = 50 images < D = 128 features" in text
+    assert np.isfinite(result["fd"])
+
+
+def test_rfid_command_reports_psnr_ssim_and_the_originals(small_set, capsys):
+    folder, _ = small_set
+    torch.manual_seed(0)
+    vae = VAE(VAE_SIZES["tiny"])
+    common.save_checkpoint(folder / "vae" / "ckpt_0000001.pt", {
+        "format": "nanosendvae-vae", "step": 1, "model": vae.state_dict(), "ema": None,
+        "model_config": asdict(vae.config), "args": {}})
+    result = fid.main(["rfid", str(folder / "samples.npz"), "--vae", str(folder / "vae"), *JUDGE,
+                       "--out", str(folder / "rfid.json")])
+    text = capsys.readouterr().out
+    assert re.search(r"^rFD-judge-300 vs originals of samples +[\d.]+$", text, re.M)
+    x = data.to_float(data.Shapes(300, 5, "train").__getitems__(range(300))[0])
+    with torch.no_grad():
+        x_hat = vae.eval().decode(vae.encode(x).mode())
+    mse = (data.to_uint8(x_hat).double() - data.to_uint8(x).double()).square().mean((1, 2, 3))
+    assert result["psnr_db"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-4)
+    assert json.loads((folder / "rfid.json").read_text())["vae_hash"] == common.state_hash(vae.state_dict())
+    with pytest.raises(ValueError, match="want images"):  # a gFID reference is no set of originals
+        stats = stats_of(gaussian(9, 4, 0))
+        stats.save(folder / "mu.npz")
+        fid.main(["rfid", str(folder / "mu.npz"), "--vae", str(folder / "vae"), *JUDGE])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["gfid", "nowhere", "shapes"], "nowhere"),
+    (["gfid", "shapes", "nowhere.npz"], "nowhere.npz"),
+    (["rfid", "shapes", "--vae", "nowhere.pt"], "nowhere.pt"),
+    (["gfid", "shapes", "shapes", "--image-size", "64"], "32 px"),
+])
+def test_wrong_input_is_one_clear_line(flags, message, capsys):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        fid.main([*flags, *JUDGE])
+
+
+def test_timm_model_extracts_pooled_features_from_a_local_file(tmp_path):
+    import timm
+    torch.manual_seed(0)
+    net = timm.create_model("resnet10t", num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    extractor = fid.load_extractor("resnet10t", tmp_path / "net.pth")
+    images = data.Shapes(2).__getitems__([0, 1])[0]
+    size = timm.data.resolve_model_data_config(net)
+    x = torch.nn.functional.interpolate(images.float() / 255, size=size["input_size"][1:], mode="bicubic",
+                                        antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(size[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = net.eval().forward_features((x - mean) / std).mean((2, 3))
+    torch.testing.assert_close(extractor(images)["features"], expected)
+    with pytest.raises(FileNotFoundError, match="absent.pth"):
+        fid.load_extractor("resnet10t", tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="want inception, shapes or a timm"):
+        fid.load_extractor("no_such_model")

@@ -307,7 +307,8 @@ def measure(source, size, extractor, args, proc, reference=False) -> FeatureStat
     dataset = open_images(source, size)
     loader = data.eval_loader(dataset, args.batch_size, proc.rank, proc.world, args.workers)
     stats = compute_stats(common.progress(loader, proc, dataset.name), extractor, proc.device,
-                          {"name": dataset.name, "image_size": dataset.image_size},
+                          {"name": dataset.name, "data": str(source), "image_size": dataset.image_size,
+                           "crop": "center" if isinstance(dataset, data.ImageFolder) else "none"},
                           keep_every=-(-len(dataset) // REFERENCE_ROWS) if reference else 1)
     if stored is not None:
         stored.rows, stored.meta = stats.rows, {**stored.meta, "image_size": dataset.image_size}
@@ -457,7 +458,7 @@ def main(argv=None):
     args = parse_args(argv)
     for source in (vars(args).get(key, "shapes") for key in ("reference", "samples", "data")):
         if source != "shapes" and not Path(source).exists():
-            raise FileNotFoundError(f"{source}: no such file or folder; want 'shapes', a folder, or an npz file")
+            raise FileNotFoundError(f"{source}: no such file or folder; want 'shapes', a folder or an npz")
     proc = common.setup(args.device)
     torch.set_float32_matmul_precision("highest")  # TF32 has 10 bits of mantissa: the distances would move
     torch.backends.cudnn.allow_tf32 = False

@@ -29,19 +29,21 @@ stage() {
 }
 
 run="--seed $SEED --device $DEVICE"
-vae="--data shapes --vae tiny --init none --lpips 0 --gan 0 --batch-size 64 --steps $VAE_STEPS --lr 2e-3
-  --warmup 50 --cooldown 400 --eval-every 250 --save-every 250"
+vae="--data shapes --vae tiny --init none --rec l2 --lpips 0 --gan 0 --batch-size 64 --steps $VAE_STEPS --lr 2e-3
+  --warmup 50 --cooldown 400 --eval-every 200 --save-every 200"
+sit="--model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 --warmup 100 --cooldown 500 --ema 0.99
+  --t-sampling lognormal --sample-every 0 --save-every 500 --workers 0"
 for kind in plain send; do
   dir="$OUT/$kind"
-  if [ $kind = send ]; then align="--align 1 --teacher shapes"; else align="--align 0"; fi
+  if [ $kind = send ]; then align="--align 1 --teacher shapes --projector-dim 256"; else align="--align 0"; fi
   stage "$kind-vae"     train_vae.py $vae $align $run --out "$dir/vae"
   stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
   stage "$kind-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
-  stage "$kind-sit"     train_sit.py --latents "$dir/latents" --model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 \
-    --warmup 100 --cooldown 500 --ema 0.995 --save-every 500 --sample-every 1000 $run --out "$dir/sit"
-  stage "$kind-sample"  sample.py --ckpt "$dir/sit" --cfg 2 --sampler euler --steps 50 --num "$SAMPLES" --batch-size 250 --npz \
-    $run --out "$dir/samples"
-  stage "$kind-fid"     fid.py gfid shapes "$dir/samples/samples.npz" --features shapes --device "$DEVICE" --out "$dir/gfid.json"
+  stage "$kind-sit"     train_sit.py --latents "$dir/latents" $sit $run --out "$dir/sit"
+  stage "$kind-sample"  sample.py --ckpt "$dir/sit" --cfg 2 --sampler euler --steps 50 --num "$SAMPLES" \
+    --batch-size 250 --npz $run --out "$dir/samples"
+  stage "$kind-fid"     fid.py gfid shapes "$dir/samples/samples.npz" --features shapes --device "$DEVICE" \
+    --out "$dir/gfid.json"
 done
 stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" --out "$OUT/probe.json"
 "$PYTHON" quickstart.py "$OUT"

@@ -84,10 +84,10 @@ def test_readme_commands_parse():
         importlib.import_module(script).parse_args(shlex.split(arguments))
 
 
-def test_quickstart_commands_parse():
+def test_quickstart_commands_parse(tmp_path):
     """quickstart.sh with a PYTHON that only prints: its commands go through the scripts' own parsers."""
     done = subprocess.run(["bash", str(ROOT / "quickstart.sh")], capture_output=True, text=True, check=True,
-                          env={"PYTHON": "echo", "OUT": "/dev/shm/quickstart-parse", "PATH": "/usr/bin:/bin"})
+                          env={"PYTHON": "echo", "OUT": str(tmp_path), "PATH": "/usr/bin:/bin"})
     lines = [line for line in done.stdout.splitlines() if re.match(r"\w+\.py ", line)]
     assert len(lines) == 14
     for line in lines:

@@ -328,7 +328,7 @@ class Meter:
 
     def read(self, device) -> dict:
         """Return {name: mean over steps, processes}, start anew; the one place that waits for the device."""
-        names = sorted(self.sums)
+        names = list(self.sums)  # in the order of adding: the same in every process
         table = torch.stack([torch.stack([self.sums[n].to(device),
                                           torch.tensor(self.counts[n], device=device)]) for n in names])
         if dist.is_initialized():

@@ -2,7 +2,7 @@
 FID).
 
     python sample.py --cfg 1.5                                             # a picture
-    torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num 50000 --npz  # the paper's
+    torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num-images 50000 --npz
 
 Image i is a function of (seed, i) alone: not of batch size, number of processes or --num. Beside the samples,
 protocol.json says all that they depend on.
@@ -38,7 +38,8 @@ def parse_args(argv=None):
         help="noise times with guidance, inclusive (1 = pure noise); the paper's runs: 0 0.75")
     add("--sampler", default="sde", choices=SAMPLERS, help="sde: Euler-Maruyama; euler, heun: the ODE")
     add("--steps", type=int, default=250, help="solver steps")
-    add("--num", type=int, default=0, help="images; 0 = 8 of each class, at most 80")
+    # the long name for torchrun, whose own parser takes --num for an abbreviation of one of its flags
+    add("--num", "--num-images", type=int, default=0, help="images; 0 = 8 of each class, at most 80")
     add("--labels", default="balanced", choices=("balanced", "random"),
         help="balanced: image i has class i mod num_classes; random: uniform, as in REPA's numbers")
     add("--batch-size", type=int, default=64, help="images per forward and device")

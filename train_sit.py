@@ -281,7 +281,7 @@ class Run:
                 target = self.teacher(data.to_float(images.to(device, non_blocking=True)))
             terms["repa"] = alignment_loss(projections[0], target)
             loss = loss + args.repa_weight * terms["repa"]
-        return loss, {"loss": loss, **terms}
+        return loss, {**terms, "loss": loss}
 
     @torch.no_grad()
     def preview(self):

@@ -28,6 +28,7 @@ from mapper import ShapesTeacher, load_shapes_teacher
 
 
 def parse_args(argv=None):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train the teacher and the judge of the embedded set.",
                                      allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -225,6 +226,7 @@ def save_half(path: str, kind: str, model: nn.Module, config: dict, args, **rest
 
 
 def main(argv=None):
+    """Entry point of the command."""
     args = parse_args(argv)
     if args.pairs % args.groups or args.frames < 2:
         raise ValueError(f"--pairs {args.pairs} must be a multiple of --groups {args.groups}, and --frames "

@@ -370,7 +370,7 @@ class Run:
         if pred is not None:
             terms["align"] = alignment_loss(pred, target)
             total = total + args.align * terms["align"]
-        return total, x_hat, {"loss": total, **terms}
+        return total, x_hat, {**terms, "loss": total}
 
     def _disc_loss(self, x, x_hat):
         """Return (hinge loss, terms) of the discriminator on the same reconstruction, detached."""

@@ -12,8 +12,8 @@ import bench
 
 @pytest.mark.parametrize("stage", bench.STAGES)
 def test_stage_reports_throughput_and_flops(stage, capsys):
-    bench.main(["--stage", stage, "--vae", "tiny", "--model", "tiny/1", "--image-size", "32", "--teacher-dim", "64",
-                "--batch-size", "4", "--iters", "2", "--device", "cpu", "--dtype", "fp32"])
+    bench.main(["--stage", stage, "--vae", "tiny", "--model", "tiny/1", "--image-size", "32", "--teacher-dim",
+                "64", "--batch-size", "4", "--iters", "2", "--device", "cpu", "--dtype", "fp32"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["stage"] == stage and row["images_per_s"] > 0 and row["batch_size"] == 4
     assert row["images_per_s"] == pytest.approx(4000 / row["step_ms"], rel=0.05)

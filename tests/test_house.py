@@ -13,13 +13,14 @@ import pytest
 from conftest import ROOT
 
 LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes"}
-SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher", "quickstart"}
+SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
+           "quickstart"}
 # data.py hands out the embedded set, mapper.py shares SiT's pieces; scripts import the library; fid.py and
 # probe.py have library halves for the report.
 LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit")}
 SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid")}
 RUNTIME = {"torch", "numpy", "timm", "PIL", "tqdm", "scipy"}
-FROM_TIMM = {"safetensors", "huggingface_hub"}  # installed with timm, imported where a file or name asks for them
+FROM_TIMM = {"safetensors", "huggingface_hub"}  # come with timm; imported only where asked for
 BEHIND_A_FLAG = {"wandb"}
 FILES = sorted(ROOT.glob("*.py"))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import BACKGROUNDS, HUES, SECONDS, SHAPES, Shapes
+from shapes import BACKGROUNDS, HUES, SECONDS, SHAPES, Shapes
 
 
 def select(data, **wanted):
@@ -117,7 +117,7 @@ def test_rotation_turns_clockwise_by_degrees(data):
 
 def test_second_object_is_where_and_what_the_factors_say(data):
     """Images with and without it, all else equal, differ in the second object's area alone."""
-    from data import _render
+    from shapes import _render
     for kind, area in (("disk", np.pi * 0.81), ("square", 1.56 ** 2), ("triangle", 0.75 * np.sqrt(3))):
         rows = select(data, second=kind)[:50]
         f = {k: v[rows] for k, v in data.factors.items()}

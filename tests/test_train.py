@@ -181,7 +181,8 @@ def test_two_processes_take_the_same_sit_step_and_encode_and_sample_the_same(pic
         if name.endswith(".npy"):
             ours, theirs = np.load(f"{latents}/{name}"), np.load(tmp_path / "latents" / name)
             assert np.allclose(ours, theirs, atol=1e-5), name
-    flags = ["--ckpt", sit, "--num", "5", "--steps", "3", "--device", "cpu", "--dtype", "fp32", "--npz"]
+    flags = ["--ckpt", sit, "--num-images", "5", "--steps", "3", "--device", "cpu", "--dtype", "fp32",
+             "--npz"]
     sample.main([*flags, "--out", str(tmp_path / "s1")])
     torchrun("sample.py", *flags, "--out", tmp_path / "s2")
     images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("s1", "s2")]
@@ -263,7 +264,7 @@ def test_nan_batch_changes_neither_weights_nor_statistics_nor_ema(pictures, tmp_
 
 def test_run_of_bad_steps_stops_and_names_the_term(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae.data, "to_float", lambda images: images.float() * float("nan"))
-    with pytest.raises(RuntimeError, match="3 steps in a row skipped.*first non-finite term: loss"):
+    with pytest.raises(RuntimeError, match="3 steps in a row skipped.*first non-finite term: rec"):
         train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "9", "--stop-after-bad", "3",
                         "--out", str(tmp_path)])
 

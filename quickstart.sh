@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 OUT="${OUT:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
-VAE_STEPS="${VAE_STEPS:-1000}" SIT_STEPS="${SIT_STEPS:-2000}" SAMPLES="${SAMPLES:-1000}"
+VAE_STEPS="${VAE_STEPS:-1500}" SIT_STEPS="${SIT_STEPS:-2400}" SAMPLES="${SAMPLES:-1000}"
 
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=.venv/bin/python
@@ -29,13 +29,13 @@ stage() {
 }
 
 run="--seed $SEED --device $DEVICE"
-vae="--data shapes --vae tiny --init none --rec l2 --lpips 0 --gan 0 --batch-size 64 --steps $VAE_STEPS --lr 2e-3
-  --warmup 50 --cooldown 400 --eval-every 200 --save-every 200"
-sit="--model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 --warmup 100 --cooldown 500 --ema 0.99
+vae="--data shapes --vae tiny --init none --rec l2 --lpips 0 --gan 0 --batch-size 32 --steps $VAE_STEPS --lr 2e-3
+  --warmup 50 --cooldown 750 --eval-every 250 --save-every 250"
+sit="--model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 --warmup 100 --cooldown 800 --ema 0.99
   --t-sampling lognormal --sample-every 0 --save-every 500 --workers 0"
 for kind in plain send; do
   dir="$OUT/$kind"
-  if [ $kind = send ]; then align="--align 1 --teacher shapes --projector-dim 256"; else align="--align 0"; fi
+  if [ $kind = send ]; then align="--align 0.12 --teacher shapes --projector-dim 256"; else align="--align 0"; fi
   stage "$kind-vae"     train_vae.py $vae $align $run --out "$dir/vae"
   stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
   stage "$kind-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"

@@ -172,6 +172,15 @@ def adamw(params, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0) -> t
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
+def load_optimizer(optimizer, state: dict) -> None:
+    """Load with the parameters' strides: the fused kernel walks parameter and state in storage order."""
+    optimizer.load_state_dict(state)
+    for param, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if value.shape == param.shape:
+                entry[key] = torch.empty_like(param).copy_(value)
+
+
 def learning_rate(step: int, lr: float, warmup: int, cooldown: int, num_steps: int) -> float:
     """lr at `step` (0-based): linear rise in `warmup` steps, constant, linear fall in the last `cooldown`."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
@@ -260,9 +269,13 @@ def latest_checkpoint(folder, format: str):
     files = {int(p.stem[5:]): p for p in Path(folder).glob("ckpt_*.pt") if p.stem[5:].isdecimal()}
     for step in sorted(files, reverse=True):
         try:
-            return files[step], load_checkpoint(files[step], format)
+            state = load_checkpoint(files[step])
         except ValueError as error:
             print0(f"warning: {error}; falling back to the one before")
+            continue
+        if state.get("format") != format:
+            raise ValueError(f"{files[step]}: this is {state.get('format')}, wanted {format}; use another --out")
+        return files[step], state
     return None
 
 
@@ -294,8 +307,11 @@ def state_hash(state: dict) -> str:
 
 def versions() -> dict:
     """Return what produced a file: torch, python, git commit (empty outside a checkout)."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit}
 
 
@@ -320,21 +336,22 @@ class Meter:
         self.sums, self.counts = {}, {}
 
     def add(self, values: dict) -> None:
-        """Add one observation of each name: a scalar tensor, or a float."""
+        """Add one observation of each name: a scalar tensor or float, or (sum, count) of several."""
         for name, value in values.items():
+            value, count = value if isinstance(value, tuple) else (value, 1)
             value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.counts[name] = self.counts.get(name, 0) + count
 
     def read(self, device) -> dict:
         """Return {name: mean over steps, processes}, start anew; the one place that waits for the device."""
         names = list(self.sums)  # in the order of adding: the same in every process
         table = torch.stack([torch.stack([self.sums[n].to(device),
-                                          torch.tensor(self.counts[n], device=device)]) for n in names])
+                                          torch.as_tensor(self.counts[n], dtype=torch.float32, device=device)]) for n in names])
         if dist.is_initialized():
             dist.all_reduce(table)
         self.__init__()
-        return {name: s / n for name, (s, n) in zip(names, table.tolist())}
+        return {name: s / n if n else math.nan for name, (s, n) in zip(names, table.tolist())}
 
 
 class Log:

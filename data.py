@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -279,10 +280,17 @@ class _WithRows:
         return *self.dataset.__getitems__(batch[0]), *map(torch.from_numpy, batch)
 
 
+def _ignore_signals(_worker):
+    """torchrun signals the whole process group; workers must outlive the trainer's last batch and save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(dataset, batches, workers):
     workers = workers if getattr(dataset, "on_disk", False) else 0  # what is in memory needs no reading ahead
     return DataLoader(_WithRows(dataset), batch_sampler=batches, collate_fn=tuple, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=_ignore_signals,
+                      prefetch_factor=4 if workers else None)
 
 
 def make_loader(dataset, batch_size: int, rank: int = 0, world: int = 1, micro_batch_size: int = 0,

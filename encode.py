@@ -28,7 +28,8 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=64, help="images per forward and device")
     add("--shard-size", type=int, default=8192, help="images per file")
     add("--store", default="float32", choices=("float32", "float16"), help="type on disk")
-    add("--flip", action="store_true", help="also store the moments of the mirrored images")
+    add("--flip", action="store_true", help="also store the moments of the mirrored images, for "
+        "LatentFolder.take(flips=...); train_sit.py, like REPA, does not use them")
     add("--workers", type=int, default=8, help="processes that read images, per device")
     add("--dry-run", action="store_true", help="print configuration and size on disk, then leave")
     common.add_run_flags(parser, out="latents")
@@ -39,6 +40,9 @@ def parse_args(argv=None):
 @torch.no_grad()
 def encode(args, proc):
     """Write the latents of args.data; return the folder."""
+    if common.DTYPES[args.dtype] is torch.float32:  # latents are made once: no TF32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     size = args.image_size or (32 if args.data == "shapes" else 256)
     dataset = data.open_dataset(args.data, size)
     path = common.resolve_checkpoint(args.vae)

@@ -101,7 +101,8 @@ def draw_pictures(run) -> None:
     grids = []
     for kind in KINDS:
         arrays = np.load(run / kind / "samples" / "samples.npz")
-        per_class = [arrays["arr_0"][arrays["arr_1"] == k][:8] for k in range(val.num_classes)]
+        shown = min(8, int(np.bincount(arrays["arr_1"], minlength=val.num_classes).min()))
+        per_class = [arrays["arr_0"][arrays["arr_1"] == k][:shown] for k in range(val.num_classes)]
         grids.append(np.stack(per_class))  # (classes, 8, H, W, 3)
     gap = np.full_like(grids[0][:, :1], 255)
     both = np.concatenate([grids[0], gap, grids[1]], axis=1)

@@ -15,6 +15,12 @@ if [ -z "${PYTHON:-}" ]; then
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 mkdir -p "$OUT"
+settings="SEED=$SEED VAE_STEPS=$VAE_STEPS SIT_STEPS=$SIT_STEPS SAMPLES=$SAMPLES"
+if [ -f "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$settings" ]; then
+  echo "error: $OUT was made with $(cat "$OUT/settings.txt"), this run has $settings; choose another OUT" >&2
+  exit 2
+fi
+echo "$settings" > "$OUT/settings.txt"
 begin=$SECONDS
 
 # stage NAME COMMAND...: run it once, say how long it took; a finished one is not run again.

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train_sit.py --latents latents/         # SiT-XL/1, 80 epochs, batch 256
     torchrun --nproc_per_node=8 train_sit.py --latents latents/ --repa  # with the REPA loss (needs images)
-    python train_sit.py --latents out/quickstart/latents --model tiny/1 --steps 2000  # embedded set, a CPU
+    python train_sit.py --latents out/quickstart/send/latents --model tiny/1 --steps 2000  # embedded set, a CPU
 
 z is drawn anew from the stored moments in each step, normalised per channel with the statistics stored beside
 them (which travel on in the checkpoint). Running the same command again continues from the newest checkpoint
@@ -133,7 +133,7 @@ def train(args, proc):
         images = data.open_dataset(args.data or latents.meta["data"], latents.meta["image_size"])
         if images.files_hash != latents.meta["files_hash"]:
             raise ValueError(f"{args.latents} was encoded from other images ({latents.meta['data']}) than "
-                             f"{args.data}; give --data the folder that encode.py read")
+                             f"{args.data or latents.meta['data']}; give --data the folder that encode.py read")
     run = Run(args, proc, latents, images, model, teacher, steps)
     run.resume()
     loader = data.make_loader(latents if images is None else WithImages(latents, images), args.batch_size,
@@ -205,8 +205,8 @@ class Run:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.ema.load(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler is not None:
+        common.load_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler is not None and state["scaler"]:  # none: the run so far was not fp16
             self.scaler.load_state_dict(state["scaler"])
         common.print0(f"continuing from {path} at step {self.step}")
 
@@ -228,7 +228,8 @@ class Run:
             if self.step % args.log_every == 0 or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
                 common.check_finite(row, int(bad_streak), args.stop_after_bad, self.step)
-                done |= stop.agreed(self.proc)
+            if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
+                done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
             log.step(self.step, row, ("loss", "repa", "images_per_s"))
             with timer.pausing():
                 if args.sample_every and self.step % args.sample_every == 0 or self.step == self.num_steps:
@@ -275,7 +276,7 @@ class Run:
         terms = {"flow": flow}
         for k in range(4):  # the flow loss by quarter of t: means of the images that fall there
             inside = ((t >= k / 4) & (t < (k + 1) / 4)).float()
-            terms[f"flow_t{k}"] = (per_image * inside).sum() / inside.sum().clamp_min(1)
+            terms[f"flow_t{k}"] = ((per_image * inside).sum(), inside.sum())
         if self.teacher is not None:
             with common.autocast(device, self.dtype):
                 target = self.teacher(data.to_float(images.to(device, non_blocking=True)))

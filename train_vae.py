@@ -5,11 +5,12 @@
     python train_vae.py --data shapes --vae tiny --init none --teacher shapes --lpips 0 --gan 0  # no download
 
 Running the same command again continues from the newest checkpoint in --out; the continued run is bit-equal
-to an uninterrupted one on one device. Each step takes the same optimisation step on any number of processes.
+to an uninterrupted one on a CPU. Each step takes the same optimisation step on any number of processes.
 Loss (eq. 3 of arXiv:2601.05823): L1 + LPIPS + 0.1 GAN + 1e-6 KL + 1.0 alignment; `--align 0` is a plain
 KL-VAE.
 """
 import argparse
+import math
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -61,7 +62,7 @@ def parse_args(argv=None):
     add("--kl", type=float, default=1e-6, help="KL, nats summed over the latent, mean over images")
     add("--gan", type=float, default=0.1, help="hinge PatchGAN, weight in the VAE loss")
     add("--gan-adaptive", action="store_true",
-        help="scale --gan by the gradient ratio at the last layer (as VQGAN)")
+        help="scale --gan by the gradient ratio at the last layer (as VQGAN), per micro-batch")
     add("--disc-start", type=int, default=0, help="step at which the discriminator begins to train")
     add("--disc-warmup", type=int, default=0, help="further steps before it enters the VAE loss")
     add = parser.add_argument_group("optimisation").add_argument
@@ -123,7 +124,7 @@ class Critic(nn.Module):
 
 def build(args, image_size):
     """Return (vae, mapper or None, teacher or None, lpips or None, critic or None), on the CPU."""
-    vae = VAE(VAE_SIZES[args.vae]) if args.init == "none" else load_vae(args.init)
+    vae = VAE(VAE_SIZES[args.vae]) if args.init == "none" else load_vae(common.resolve_checkpoint(args.init))
     if vae.config != VAE_SIZES[args.vae]:
         name = next((k for k, v in VAE_SIZES.items() if v == vae.config), "another architecture")
         raise ValueError(f"--init {args.init} holds {name}, --vae asks for {args.vae}")
@@ -174,10 +175,10 @@ def train(args, proc):
     """Train to args.steps; return the folder of checkpoints."""
     dataset = data.open_dataset(args.data, args.image_size)
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
-    if micro > args.bn_group and micro % args.bn_group or accum > 1 and micro % args.bn_group:
-        raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step "
-                         f"would depend on how the batch is cut; try --micro-batch-size "
-                         f"{max(micro // args.bn_group, 1) * args.bn_group}")
+    has_norms = args.gan > 0 or args.align > 0 and args.mapper == "vit"
+    if has_norms and micro % args.bn_group and (micro < args.batch_size or micro > args.bn_group):
+        raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step would "
+                         f"depend on how the batch is cut; try --bn-group {math.gcd(micro, args.bn_group)}")
     steps = args.steps or int(args.epochs * (len(dataset) // args.batch_size))
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
     modules = build(args, args.image_size)
@@ -257,19 +258,20 @@ class Run:
         path, state = found
         theirs, ours = state["mapper_config"], self.mapper and asdict(self.mapper.config)
         if state["model_config"] != asdict(self.vae.config) or theirs != ours or \
-                (state["discriminator"] is None) != (self.critic is None):
+                (state["discriminator"] is None) != (self.critic is None) or \
+                state["teacher"] != (self.args.teacher if self.mapper else None):
             raise ValueError(f"{path} was made with other model flags ({state['args']['vae']}, "
                              f"mapper {theirs}); give the same flags or another --out")
         self.step = state["step"]
         self.vae.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        common.load_optimizer(self.optimizer, state["optimizer"])
         if self.mapper is not None:
             self.mapper.load_state_dict(state["mapper"])
         if self.critic is not None:
             self.critic.discriminator.load_state_dict(state["discriminator"])
-            self.optimizer_disc.load_state_dict(state["optimizer_disc"])
+            common.load_optimizer(self.optimizer_disc, state["optimizer_disc"])
         for scaler, saved in zip(self.scalers, state["scalers"]):
-            if scaler is not None:
+            if scaler is not None and saved:  # none: the run so far was not fp16
                 scaler.load_state_dict(saved)
         common.print0(f"continuing from {path} at step {self.step}")
 
@@ -291,7 +293,8 @@ class Run:
             if self.step % args.log_every == 0 or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
                 common.check_finite(row, int(bad_streak), args.stop_after_bad, self.step)
-                done |= stop.agreed(self.proc)
+            if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
+                done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
             if args.eval_every and self.step % args.eval_every == 0 or self.step == self.num_steps:
                 with timer.pausing():
                     row = {**(row or {}), **self.evaluate(eval_set, eval_name)}

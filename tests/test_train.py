@@ -380,12 +380,13 @@ def test_latents_of_another_vae_are_refused(pictures, trained, tmp_path):
 
 def test_sigterm_saves_and_the_same_command_continues(pictures, tmp_path):
     command = [sys.executable, str(ROOT / "train_vae.py"), "--data", pictures, *VAE, "--gan", "0",
-               "--steps", "100000", "--save-every", "100000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+               "--steps", "100000", "--save-every", "100000", "--workers", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True)
     while not (tmp_path / "log.jsonl").exists() or len(rows(tmp_path)) < 4:
         time.sleep(0.2)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: the loader's worker gets it too
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "the same command continues" in out
     assert newest(tmp_path)["step"] >= 3
@@ -411,7 +412,7 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path):
 def test_ema_warms_up_and_follows_its_recursion():
     model = torch.nn.Linear(3, 3)
     ema = common.EMA(model, 0.9999)
-    start, expected = model.weight.detach().clone(), model.weight.detach().clone()
+    expected = model.weight.detach().clone()
     no = torch.tensor(False)
     for step in range(1, 1001):
         with torch.no_grad():
@@ -420,8 +421,6 @@ def test_ema_warms_up_and_follows_its_recursion():
         decay = min(0.9999, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert torch.allclose(ema.state["weight"], expected, rtol=1e-4)
-    kept = np.prod([min(0.9999, (1 + s) / (10 + s)) for s in range(1, 1001)])
-    assert kept < 0.01 and start.shape == (3, 3)
 
 
 def test_noise_of_a_row_depends_on_seed_step_and_row_alone():
@@ -438,3 +437,41 @@ def test_batch_that_does_not_fit_says_which_one_does():
     assert common.plan_batch(256, 32, 2) == (32, 4)
     with pytest.raises(ValueError, match="try --batch-size 288"):
         common.plan_batch(256, 32, 3)
+
+
+def test_another_kind_of_checkpoint_in_the_folder_is_refused(tmp_path):
+    common.save_checkpoint(tmp_path / "ckpt_0000005.pt", {"format": "x", "step": 5})
+    with pytest.raises(ValueError, match="this is x, wanted y; use another --out"):
+        common.latest_checkpoint(tmp_path, "y")
+
+
+def test_optimizer_state_takes_the_layout_of_the_parameters():
+    """A state saved channels_last and loaded contiguous would be walked in the wrong order by the fused kernel."""
+    def layer():
+        torch.manual_seed(0)
+        return torch.nn.Conv2d(4, 6, 3)
+    weights = []
+    for saved_as in (torch.contiguous_format, torch.channels_last):
+        first, second = layer().to(memory_format=saved_as), layer()
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        optimizers = [common.adamw(m.parameters(), 0.1) for m in (first, second)]
+        first(x).square().mean().backward()
+        optimizers[0].step()
+        second.load_state_dict(first.state_dict())
+        common.load_optimizer(optimizers[1], optimizers[0].state_dict())
+        second(x).square().mean().backward()
+        optimizers[1].step()
+        weights.append(second.weight.detach().contiguous())
+    assert torch.allclose(*weights, atol=1e-4)
+
+
+def test_meter_takes_the_mean_over_all_observations_behind_it():
+    meter = common.Meter()
+    meter.add({"a": (torch.tensor(3.0), torch.tensor(2.0)), "b": 1.0})
+    meter.add({"a": (torch.tensor(0.0), torch.tensor(0.0)), "b": 2.0})
+    assert meter.read(torch.device("cpu")) == {"a": 1.5, "b": 1.5}
+
+
+def test_cut_that_would_split_a_norm_group_is_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match="micro-batch 2 is not a multiple of --bn-group 4.*try --bn-group 2"):
+        train_vae.main(["--data", pictures, *VAE, "--micro-batch-size", "2", "--steps", "1", "--out", str(tmp_path)])

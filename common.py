@@ -274,7 +274,8 @@ def latest_checkpoint(folder, format: str):
             print0(f"warning: {error}; falling back to the one before")
             continue
         if state.get("format") != format:
-            raise ValueError(f"{files[step]}: this is {state.get('format')}, wanted {format}; use another --out")
+            raise ValueError(f"{files[step]}: this is {state.get('format')}, wanted {format}; "
+                             f"use another --out")
         return files[step], state
     return None
 
@@ -346,8 +347,8 @@ class Meter:
     def read(self, device) -> dict:
         """Return {name: mean over steps, processes}, start anew; the one place that waits for the device."""
         names = list(self.sums)  # in the order of adding: the same in every process
-        table = torch.stack([torch.stack([self.sums[n].to(device),
-                                          torch.as_tensor(self.counts[n], dtype=torch.float32, device=device)]) for n in names])
+        pairs = [(self.sums[n], torch.as_tensor(self.counts[n], dtype=torch.float32)) for n in names]
+        table = torch.stack([torch.stack([x.to(device) for x in pair]) for pair in pairs])
         if dist.is_initialized():
             dist.all_reduce(table)
         self.__init__()

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train_sit.py --latents latents/         # SiT-XL/1, 80 epochs, batch 256
     torchrun --nproc_per_node=8 train_sit.py --latents latents/ --repa  # with the REPA loss (needs images)
-    python train_sit.py --latents out/quickstart/send/latents --model tiny/1 --steps 2000  # embedded set, a CPU
+    python train_sit.py --latents out/quickstart/send/latents --model tiny/1 --steps 2000   # a CPU
 
 z is drawn anew from the stored moments in each step, normalised per channel with the statistics stored beside
 them (which travel on in the checkpoint). Running the same command again continues from the newest checkpoint
@@ -133,7 +133,8 @@ def train(args, proc):
         images = data.open_dataset(args.data or latents.meta["data"], latents.meta["image_size"])
         if images.files_hash != latents.meta["files_hash"]:
             raise ValueError(f"{args.latents} was encoded from other images ({latents.meta['data']}) than "
-                             f"{args.data or latents.meta['data']}; give --data the folder that encode.py read")
+                             f"{args.data or latents.meta['data']}; give --data the folder that encode.py "
+                             f"read")
     run = Run(args, proc, latents, images, model, teacher, steps)
     run.resume()
     loader = data.make_loader(latents if images is None else WithImages(latents, images), args.batch_size,

@@ -446,7 +446,7 @@ def test_another_kind_of_checkpoint_in_the_folder_is_refused(tmp_path):
 
 
 def test_optimizer_state_takes_the_layout_of_the_parameters():
-    """A state saved channels_last and loaded contiguous would be walked in the wrong order by the fused kernel."""
+    """The fused kernel would walk a state saved channels_last and loaded contiguous in the wrong order."""
     def layer():
         torch.manual_seed(0)
         return torch.nn.Conv2d(4, 6, 3)
@@ -474,4 +474,5 @@ def test_meter_takes_the_mean_over_all_observations_behind_it():
 
 def test_cut_that_would_split_a_norm_group_is_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match="micro-batch 2 is not a multiple of --bn-group 4.*try --bn-group 2"):
-        train_vae.main(["--data", pictures, *VAE, "--micro-batch-size", "2", "--steps", "1", "--out", str(tmp_path)])
+        train_vae.main(["--data", pictures, *VAE, "--micro-batch-size", "2", "--steps", "1", "--out",
+                        str(tmp_path)])

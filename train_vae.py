@@ -178,7 +178,8 @@ def train(args, proc):
     has_norms = args.gan > 0 or args.align > 0 and args.mapper == "vit"
     if has_norms and micro % args.bn_group and (micro < args.batch_size or micro > args.bn_group):
         raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step "
-                         f"would depend on how the batch is cut; try --bn-group {math.gcd(micro, args.bn_group)}")
+                         f"would depend on how the batch is cut; try --bn-group "
+                         f"{math.gcd(micro, args.bn_group)}")
     steps = args.steps or int(args.epochs * (len(dataset) // args.batch_size))
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
     modules = build(args, args.image_size)

@@ -100,6 +100,14 @@ def assert_same_gradient(a, b, optimizer, tolerance=2e-5):
         assert difference <= tolerance * largest, f"gradient {key} differs by {difference} of {largest}"
 
 
+def assert_same_running_statistics(a, b):
+    """The BatchNorm statistics of mapper and discriminator agree."""
+    for part in ("mapper", "discriminator"):
+        for key, value in a[part].items():
+            if "running" in key:
+                assert torch.allclose(value, b[part][key], atol=1e-6), key
+
+
 def torchrun(script, *args, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                str(ROOT / script), *map(str, args)]
@@ -141,10 +149,7 @@ def test_vae_step_does_not_depend_on_the_micro_batch(pictures, tmp_path):
     one, four = newest(tmp_path / "16"), newest(tmp_path / "4")
     assert_same_gradient(one, four, "optimizer")
     assert_same_gradient(one, four, "optimizer_disc")
-    for part in ("mapper", "discriminator"):
-        for key, value in one[part].items():
-            if "running" in key:
-                assert torch.allclose(value, four[part][key], atol=1e-6), key
+    assert_same_running_statistics(one, four)
 
 
 def test_sit_step_does_not_depend_on_the_micro_batch(trained, tmp_path):
@@ -161,10 +166,7 @@ def test_two_processes_take_the_same_vae_step_as_one(pictures, tmp_path):
     one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
     assert_same_gradient(one, two, "optimizer")
     assert_same_gradient(one, two, "optimizer_disc")
-    for part in ("mapper", "discriminator"):
-        for key, value in one[part].items():
-            if "running" in key:
-                assert torch.allclose(value, two[part][key], atol=1e-6), key
+    assert_same_running_statistics(one, two)
     logs = [next(row for row in rows(tmp_path / name) if "loss" in row) for name in ("one", "two")]
     for key in ("loss", "rec", "kl", "align", "gan", "disc", "grad_norm"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4), key

@@ -12,12 +12,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes"}
+LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes", "attributes",
+           "measures"}
 SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
            "quickstart"}
-# data.py hands out the embedded set, mapper.py shares SiT's pieces; scripts import the library; fid.py and
-# probe.py have library halves for the report.
-LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit")}
+# data.py hands out the embedded set, mapper.py shares SiT's pieces, attributes.py reads images by data.py;
+# scripts import the library; fid.py and probe.py have library halves for the report.
+LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit"), ("attributes", "data")}
 SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid")}
 RUNTIME = {"torch", "numpy", "timm", "PIL", "tqdm", "scipy"}
 FROM_TIMM = {"safetensors", "huggingface_hub"}  # come with timm; imported only where asked for

@@ -185,7 +185,7 @@ def attribute_scores(fit: dict, train_y, val_y, test_y, names: list[str]) -> dic
     nor balanced accuracy. Raises ValueError if no attribute is left.
     """
     splits = {"train": train_y, "validation": val_y, "test": test_y}
-    left_out = {name: f"no positive in the {split} split" for split, y in splits.items()
+    left_out = {name: f"no positive in the {split} split" for split, y in reversed(splits.items())
                 for name, positive in zip(names, np.asarray(y).any(0)) if not positive}
     kept = [i for i, name in enumerate(names) if name not in left_out]
     if not kept:

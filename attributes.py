@@ -289,8 +289,8 @@ def read_folder(root, size) -> AttributeData:
         names, values = [], {str(file): np.zeros(0, np.uint8) for file in folder.files}
         classes = folder.class_names if folder.num_classes > 1 else []
     if not names and not classes:
-        raise ValueError(f"{root}: nothing to probe; want attributes.csv, a folder per class, or the lists of "
-                         "CelebA, DeepFashion or AwA2 as they are published")
+        raise ValueError(f"{root}: nothing to probe; want attributes.csv, a folder per class, or the lists "
+                         "of CelebA, DeepFashion or AwA2 as they are published")
     found = join(root, size, values, shuffled_parts(sorted(values)), names, table if names else root)
     return add_classes(found, classes) if classes else found
 

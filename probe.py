@@ -34,6 +34,10 @@ from vae import load_vae
 
 __all__ = ["fit_linear_probe", "f1_scores", "pca_rgb", "latent_measures"]
 SHOWN = 100  # groups of attributes in table and picture, at most
+KINDS = {"flat": "flattened latents", "pooled": "mean-pooled latents", "mapper": "mapper", "sit": "SiT"}
+SCORES = {"macro_f1": "macro F1", "macro_f1_tuned": "macro F1, tuned", "micro_f1": "micro F1", "auc": "AUC",
+          "balanced_accuracy": "balanced accuracy", "top5_recall": "top-5 recall",
+          "class_accuracy": "class accuracy"}
 # the rows of the report: what is printed, and where it is among the results
 REPORT = {"attribute F1, flattened": ("flat", "macro_f1"), "attribute F1, pooled": ("pooled", "macro_f1"),
           "attribute F1, mapper": ("mapper", "macro_f1"),
@@ -189,6 +193,7 @@ def probe_vae(path, found, args, device) -> dict:
             train_y, val_y, test_y = (split.attributes[rows] for split, rows in pairs)
             fit = fit_linear_probe(train_x, train_y, val_x, val_y, test_x, **settings)
             result[kind] |= attribute_scores(fit, train_y, val_y, test_y, found.names)
+            result[kind]["evaluations"] = fit["evaluations"]
         if len(found.class_names) > 1:
             train_y, val_y, test_y = (split.classes[rows] for split, rows in pairs)
             fit = fit_linear_probe(train_x, train_y, val_x, val_y, test_x, **settings)
@@ -221,7 +226,7 @@ def groups_of(results) -> list[str]:
 def table(results, labels) -> str:
     """Return the measures as text: a column per VAE."""
     rows = {"": labels}
-    for kind in [kind for kind in ("flat", "pooled", "mapper", "sit", "latent") if kind in results[0]]:
+    for kind in [kind for kind in (*KINDS, "latent") if kind in results[0]]:
         for key, value in results[0][kind].items():
             if isinstance(value, float) and "weight_decay" not in key:
                 rows[f"{kind} {key}"] = [f"{r[kind][key]:.4f}" for r in results]
@@ -320,20 +325,18 @@ def draw_bars(path, panels, labels, width: int = 1000) -> None:
 
 def draw_results(path, results, labels) -> None:
     """Write the bar picture: scores, F1 by group, spread and spectrum of the latents."""
-    scores = ("macro_f1", "macro_f1_tuned", "micro_f1", "auc", "balanced_accuracy", "top5_recall",
-              "class_accuracy")
     panels = []
-    for kind in [kind for kind in ("flat", "pooled", "mapper", "sit") if kind in results[0]]:
-        values = {key.replace("_", " "): [r[kind][key] for r in results] for key in scores
-                  if all(key in r[kind] for r in results)}
-        panels.append((f"{kind}: scores on the test split", values, 1.0))
+    for kind in [kind for kind in KINDS if kind in results[0]]:
+        values = {name: [r[kind][key] for r in results] for key, name in SCORES.items()
+                  if key in results[0][kind]}
+        panels.append((f"{KINDS[kind]}: scores on the test split", values, 1.0))
     groups = groups_of(results)
     if groups:
-        panels.append(("flat: F1 by attribute, or group of them, at probability 0.5",
+        panels.append(("flattened latents: F1 of attributes, or groups of them, at probability 0.5",
                        {name: [r["flat"]["groups"].get(name, 0) for r in results] for name in groups}, 1.0))
-    number = min(16, *(len(r["latent"]["spectrum"]) for r in results))
+    number = min(8, *(len(r["latent"]["spectrum"]) for r in results))
     values = {f"direction {k + 1}": [r["latent"]["spectrum"][k] for r in results] for k in range(number)}
-    panels.append(("latent: share of variance along its principal directions", values,
+    panels.append(("latents: share of variance along principal directions", values,
                    max(max(row) for row in values.values())))
     draw_bars(path, panels, labels)
 
@@ -436,7 +439,7 @@ def open_sets(args) -> list:
         sets.append(open_attributes(args.class_data, args.image_size, args.num_train, args.seed))
         sets[1].names = []
     if (args.classes or not sets[0].names) and len(sets[-1].class_names) < 2:
-        raise ValueError(f"--data {args.data} has no classes to probe; want --class-data DIR with a folder per "
+        raise ValueError(f"--data {args.data} has no classes to probe; want --class-data DIR, a folder per "
                          "class, or attributes")
     return sets
 

@@ -35,9 +35,8 @@ def celeba(root, lists="", pictures="img_align_celeba", count=20, end="\n", spac
         lines.append(f"{i:06d}.jpg " + space.join(f"{1 if i >> k & 1 else -1:2d}" for k in range(3)))
         draw(root / pictures / f"{i:06d}.jpg", i)
     write(root / lists / "list_attr_celeba.txt", lines, end)
-    folder = root / ("Eval" if lists == "Anno" else lists)
-    write(folder / "list_eval_partition.txt",
-          [f"{i:06d}.jpg {0 if i <= count - 8 else 1 if i <= count - 4 else 2}" for i in range(1, count + 1)], end)
+    parts = [f"{i:06d}.jpg {(i > count - 8) + (i > count - 4)}" for i in range(1, count + 1)]
+    write(root / ("Eval" if lists == "Anno" else lists) / "list_eval_partition.txt", parts, end)
 
 
 def deepfashion(root, anno="Anno", pictures="Img/img", unknown=()):
@@ -138,7 +137,8 @@ def test_attributes_csv_is_read_with_and_without_class_folders(tmp_path):
         lines.append(f"class {i % 2}/Bild ü{i}.JPG, {i % 2},{1 if i > 9 else -1} ")
     write(tmp_path / "attributes.csv", ["\ufeff" + lines[0], *lines[1:], ""], "\r\n")
     found = open_attributes(str(tmp_path), 32)
-    assert found.names == ["warm", "round"] and found.class_names == ["class 0", "class 1"] and not found.notes
+    assert found.names == ["warm", "round"] and found.class_names == ["class 0", "class 1"]
+    assert not found.notes
     assert [len(found.splits[name].rows) for name in SPLITS] == [14, 2, 4]
     for split in found.splits.values():
         for row in split.rows:
@@ -213,7 +213,7 @@ def test_an_image_without_split_is_left_out(tmp_path):
     ("list_attr_celeba.txt", "000003.jpg", "000004.jpg", "line 6: 000004.jpg is listed twice"),
     ("list_attr_celeba.txt", "20\n", "202599\n", "20 entries, its first line says 202599; was it cut off"),
     ("list_attr_celeba.txt", "20\n", "", "want the number of entries on line 1"),
-    ("list_eval_partition.txt", "000003.jpg 0", "000003.jpg 3", "line 3: '000003.jpg 3'; want a file and one of"),
+    ("list_eval_partition.txt", "000003.jpg 0", "000003.jpg 3", "line 3: '000003.jpg 3'; want a file and"),
 ])
 def test_damaged_lists_are_refused_with_file_and_line(tmp_path, file, old, new, message):
     celeba(tmp_path)
@@ -227,7 +227,7 @@ def test_damaged_lists_are_refused_with_file_and_line(tmp_path, file, old, new, 
 def test_lists_that_are_missing_are_named_with_the_places_looked_at(tmp_path):
     celeba(tmp_path)
     (tmp_path / "list_eval_partition.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="none of list_eval_partition.txt, Anno/list_eval_partition.txt"):
+    with pytest.raises(FileNotFoundError, match="none of list_eval_partition.txt, Anno/list_eval"):
         open_attributes(str(tmp_path), 32)
     with pytest.raises(FileNotFoundError, match="none of classes.txt; want the data set unpacked"):
         open_attributes(f"awa2:{tmp_path}", 32)

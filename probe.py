@@ -1,6 +1,6 @@
 """Linear probes of latents: attributes and classes, beside the other measures of a latent space.
 
-    python probe.py --data celeba --vae out/plain/vae out/send/vae   # side by side: flattened, pooled latents
+    python probe.py --data data/celeba --vae out/a/vae out/b/vae     # side by side: flattened, pooled latents
     python probe.py --data shapes --vae out/send/vae --mapper        # also the features of the mapper
     python probe.py --data shapes --sit out/sit --block 4 --t 0.3    # also those of a SiT, by the null label
     python probe.py --data pictures --classes                        # a folder of class folders
@@ -185,7 +185,7 @@ def probe_vae(path, found, args, device) -> dict:
         arrays["flat"] = arrays["z"].reshape(len(arrays["z"]), -1)
         arrays["pooled"] = arrays["z"].mean((2, 3), dtype=np.float32)
     pairs = [(split, arrays["rows"]) for split, arrays in zip(found.splits.values(), encoded)]
-    settings = {"device": device, "memory": args.memory}
+    settings = {"device": device, "memory": args.memory, "max_iter": args.max_iter}
     for kind in ("flat", "pooled", *functions):
         train_x, val_x, test_x = (arrays[kind] for arrays in encoded)
         result[kind] = {"features": train_x.shape[1]}
@@ -414,6 +414,8 @@ def parse_args(argv=None):
     add("--store", default="float32", choices=("float32", "float16"), help="type of features on disk")
     add("--memory", type=float, default=2.0, help="GiB of train features to hold while fitting; more are "
         "read from disk for every evaluation of the loss, 0 = always")
+    add("--max-iter", type=int, default=100, help="iterations of L-BFGS for each weight decay, at most; wide "
+        "features gain a little from more")
     add("--teacher-weights", default=None, help="local weights of the teacher in the picture; default: the "
         "hub's")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: the first there is")

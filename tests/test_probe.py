@@ -107,6 +107,17 @@ def test_weight_decay_is_chosen_on_validation_and_the_test_split_has_no_say():
     assert torch.equal(best["logits"], probe.fit_linear_probe(*rows, test_x)["logits"])
 
 
+def test_more_iterations_bring_a_hard_fit_nearer_to_its_minimum():
+    x = random_rows(600, 40, 31) @ torch.diag(torch.logspace(0, -2, 40)) @ random_rows(40, 40, 32)
+    *rows, _ = three(x, (x[:, :2] > 0).int())
+
+    def evaluations_and_logits(max_iter):
+        fit = probe.fit_linear_probe(*rows, weight_decays=(1e-4,), max_iter=max_iter)
+        return fit["evaluations"], fit["logits"]
+    (few, early), (more, late), (_, last) = (evaluations_and_logits(n) for n in (5, 50, 1000))
+    assert few < 12 < more and (early - last).abs().mean() > 3 * (late - last).abs().mean()
+
+
 def test_scale_and_offset_of_features_and_constant_ones_make_no_difference():
     x = random_rows(600, 6, 10)
     y = (x[:, :2] > 0.3).int()
@@ -427,7 +438,7 @@ def test_mapper_and_sit_features_are_probed_in_eval_mode_with_the_null_label(che
     monkeypatch.setattr(Mapper, "forward", lambda self, *inputs: (mapper_modes.add(self.training),
                                                                   mapper_forward(self, *inputs))[1])
     flags = ["--sit", str(checkpoints / "sit"), "--block", "2", "--t", "0.25", "--mapper", *CPU, "--out",
-             str(checkpoints / "sit.json"), "--num-train", "200"]
+             str(checkpoints / "sit.json"), "--num-train", "200", "--max-iter", "20"]
     first, second = probe.main(flags), probe.main(flags)
     assert {str(call) for call in seen} == {str((False, [10], [0.25], 2))} and mapper_modes == {False}
     (vae,) = first["vaes"]

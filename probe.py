@@ -6,9 +6,9 @@
     python probe.py --data pictures --classes                        # a folder of class folders
     python probe.py --report out/*/vae --fid-csv fid.csv   # the paper's analysis: what goes with FID?
 
-Protocol: posterior means, standardised; logistic regression on the train split (measures.py), the weight
-decay (one for all attributes) and the _tuned thresholds chosen on the validation split, the test split used
-once. Features are kept in --cache, by the hashes of the VAE and of the images. Letters: n images, F features,
+Protocol: posterior means, standardised; logistic regression on the train split, the weight decay (one for all
+attributes) and the _tuned thresholds chosen on the validation split, the test split used once
+(latent_metrics.py). Features are kept in --cache, by the hashes of the VAE and of the images. Letters: n images, F features,
 A attributes; latents z (n, C, h, w), their tokens (n, N, C).
 """
 import argparse
@@ -27,8 +27,9 @@ from torch import Tensor
 import common
 import data
 from attributes import SHAPES_TRAIN, open_attributes
+from latent_metrics import (attribute_scores, class_scores, f1_scores, fit_linear_probe, latent_measures,
+                            pca_rgb)
 from mapper import Mapper, MapperConfig, Teacher
-from measures import attribute_scores, class_scores, f1_scores, fit_linear_probe, latent_measures, pca_rgb
 from sit import interpolate, load_sit
 from vae import load_vae
 

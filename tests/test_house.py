@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes", "attributes",
-           "measures"}
+           "latent_metrics"}
 SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
            "quickstart"}
 # data.py hands out the embedded set, mapper.py shares SiT's pieces, attributes.py reads images by data.py;

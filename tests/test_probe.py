@@ -17,7 +17,7 @@ from scipy.stats import mannwhitneyu, pearsonr
 import attributes
 import common
 import data
-import measures
+import latent_metrics
 import probe
 from mapper import Mapper, MapperConfig
 from sit import SiT, SiTConfig
@@ -57,7 +57,7 @@ def test_separable_attributes_are_found_without_error():
 def test_shuffled_labels_are_recognised_at_chance():
     x, y = random_rows(6000, 30, 2), torch.randint(0, 4, (6000,), generator=torch.Generator().manual_seed(3))
     *rows, test_y = three(x, y)
-    accuracy = measures.class_scores(probe.fit_linear_probe(*rows)["logits"], test_y)["class_accuracy"]
+    accuracy = latent_metrics.class_scores(probe.fit_linear_probe(*rows)["logits"], test_y)["class_accuracy"]
     assert abs(accuracy - 0.25) < 3 * (0.25 * 0.75 / len(test_y)) ** 0.5
 
 
@@ -65,7 +65,7 @@ def test_shuffled_attributes_have_auc_and_balanced_accuracy_of_chance():
     x, y = random_rows(6000, 30, 20), (random_rows(6000, 4, 21) > torch.tensor([-1, 0, 0.5, 1])).int()
     train_x, train_y, val_x, val_y, test_x, test_y = three(x, y)
     fit = probe.fit_linear_probe(train_x, train_y, val_x, val_y, test_x)
-    scores = measures.attribute_scores(fit, train_y, val_y, test_y, list("abcd"))
+    scores = latent_metrics.attribute_scores(fit, train_y, val_y, test_y, list("abcd"))
     for row, truth in zip(scores["per_attribute"].values(), test_y.T):
         p, n = int(truth.sum()), int((1 - truth).sum())
         assert abs(row["auc"] - 0.5) < 3 * ((p + n + 1) / (12 * p * n)) ** 0.5
@@ -76,7 +76,7 @@ def test_classes_with_distant_centres_are_found_without_error():
     y = torch.arange(600) % 5
     x = random_rows(600, 8, 4) + 20 * torch.nn.functional.one_hot(y, 8)
     *rows, test_y = three(x, y)
-    scores = measures.class_scores(probe.fit_linear_probe(*rows)["logits"], test_y)
+    scores = latent_metrics.class_scores(probe.fit_linear_probe(*rows)["logits"], test_y)
     assert scores == {"class_accuracy": 1, "class_balanced_accuracy": 1}
 
 
@@ -100,7 +100,7 @@ def test_weight_decay_is_chosen_on_validation_and_the_test_split_has_no_say():
     train_x, train_y, val_x, val_y, test_x, _ = three(x, y)
     rows = train_x, train_y, val_x, val_y
     best = probe.fit_linear_probe(*rows, test_x)
-    scores = [probe.fit_linear_probe(*rows, test_x, (d,))["val_score"] for d in measures.WEIGHT_DECAYS]
+    scores = [probe.fit_linear_probe(*rows, test_x, (d,))["val_score"] for d in latent_metrics.WEIGHT_DECAYS]
     assert max(scores) > min(scores) + 0.02  # there is something to choose
     assert best["val_score"] == pytest.approx(max(scores), abs=0.015)
     assert probe.fit_linear_probe(*rows, 100 * test_x)["weight_decay"] == best["weight_decay"]
@@ -159,8 +159,8 @@ def test_features_on_disk_are_fitted_in_chunks_to_the_same_minimum(tmp_path, mon
     np.save(tmp_path / "x.npy", x.numpy().astype(kind))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     train, val, test = (Watched(mapped[part]) for part in (slice(600), slice(600, 800), slice(800, None)))
-    monkeypatch.setattr(measures, "CHUNK", 24 * 50)
-    monkeypatch.setattr(measures, "HISTORY", 1)  # the shortest one
+    monkeypatch.setattr(latent_metrics, "CHUNK", 24 * 50)
+    monkeypatch.setattr(latent_metrics, "HISTORY", 1)  # the shortest one
     fit = probe.fit_linear_probe(train, rows[1], val, rows[3], test, memory=0)
     assert fit["weight_decay"] == expected["weight_decay"]
     torch.testing.assert_close(fit["logits"], expected["logits"], rtol=tolerance, atol=20 * tolerance)
@@ -186,10 +186,10 @@ def test_auc_equals_the_count_of_pairs_and_the_u_statistic(ties):
     y = (x + random_rows(300, 1, 26)[:, 0].numpy() > 0.8).astype(np.uint8)
     above, below = x[y == 1][:, None], x[y == 0]
     pairs = ((above > below) + 0.5 * (above == below)).mean()
-    assert measures.auc_score(x, y) == pytest.approx(pairs, abs=1e-12)
+    assert latent_metrics.auc_score(x, y) == pytest.approx(pairs, abs=1e-12)
     u = mannwhitneyu(x[y == 1], x[y == 0]).statistic
-    assert measures.auc_score(x, y) == pytest.approx(u / (y.sum() * (1 - y).sum()), abs=1e-12)
-    assert np.isnan(measures.auc_score(x, np.zeros_like(y))) and np.isnan(measures.auc_score(x, y * 0 + 1))
+    assert latent_metrics.auc_score(x, y) == pytest.approx(u / (y.sum() * (1 - y).sum()), abs=1e-12)
+    assert all(np.isnan(latent_metrics.auc_score(x, y * 0 + same)) for same in (0, 1))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -197,22 +197,22 @@ def test_chosen_threshold_has_the_best_f1_of_all(ties):
     x = random_rows(200, 1, 27)
     x = torch.round(2 * x) if ties else x
     y = (x + random_rows(200, 1, 28) > 1.2).int()
-    found = measures.best_threshold(x[:, 0].numpy(), y[:, 0].numpy())
+    found = latent_metrics.best_threshold(x[:, 0].numpy(), y[:, 0].numpy())
     values = x[:, 0].unique().double()
     every = [values[0] - 1, *((values[1:] + values[:-1]) / 2)]
     best = max(probe.f1_scores(x, y, threshold)["macro_f1"] for threshold in every)
     assert probe.f1_scores(x, y, found)["macro_f1"] == pytest.approx(best)
     assert best > min(probe.f1_scores(x, y, threshold)["macro_f1"] for threshold in every)
     assert found in map(float, every)
-    assert measures.best_threshold(x[:, 0].numpy(), np.zeros(200)) == 0
-    assert measures.best_threshold(np.array([1.0, 2, 3]), np.array([1, 0, 0])) < 1  # all marked is best
+    assert latent_metrics.best_threshold(x[:, 0].numpy(), np.zeros(200)) == 0
+    assert latent_metrics.best_threshold(np.array([1.0, 2, 3]), np.array([1, 0, 0])) < 1  # all marked is best
 
 
 def test_thresholds_are_chosen_on_validation_and_used_on_test():
     logits, val_logits = torch.tensor([[-1.0], [-3], [-5]]), torch.tensor([[-2.0], [-2.5], [-4], [-6]])
     val_y, test_y = torch.tensor([[1], [1], [0], [0]]), torch.tensor([[1], [0], [0]])
     fit = {"logits": logits, "val_logits": val_logits, "weight_decay": 1}
-    scores = measures.attribute_scores(fit, val_y, val_y, test_y, ["a"])
+    scores = latent_metrics.attribute_scores(fit, val_y, val_y, test_y, ["a"])
     assert scores["per_attribute"]["a"]["threshold"] == -3.25  # between -2.5 and -4
     assert scores["macro_f1"] == 0 and scores["macro_f1_tuned"] == pytest.approx(2 / 3)
 
@@ -224,7 +224,7 @@ def test_attributes_without_positives_or_negatives_are_named_and_left_out():
     no_train[:, 4] = 0
     fit = {"logits": logits, "val_logits": logits, "weight_decay": 1}
     names = ["hue=red", "hue=blue", "rare", "always", "never fitted"]
-    scores = measures.attribute_scores(fit, no_train, ones, test_y, names)
+    scores = latent_metrics.attribute_scores(fit, no_train, ones, test_y, names)
     assert scores["left_out"] == {"rare": "no positive in the test split",
                                   "never fitted": "no positive in the train split"}
     assert {*scores["per_attribute"]} == {"hue=red", "hue=blue", "always"}
@@ -234,7 +234,7 @@ def test_attributes_without_positives_or_negatives_are_named_and_left_out():
     assert scores["auc"] == pytest.approx((0.5 + (0.5 + 1 + 0.5 + 0 + 0) / 3) / 2, abs=0.34)
     assert scores["balanced_accuracy"] == pytest.approx((0.5 + (2 / 3 + 1) / 2) / 2)
     with pytest.raises(ValueError, match="none of 1 attributes has a positive"):
-        measures.attribute_scores(fit, torch.zeros(4, 1), ones[:, :1], test_y[:, :1], ["a"])
+        latent_metrics.attribute_scores(fit, torch.zeros(4, 1), ones[:, :1], test_y[:, :1], ["a"])
 
 
 def test_attribute_that_is_never_marked_has_f1_zero_and_counts():
@@ -253,13 +253,13 @@ def test_rare_attribute_is_found():
 def test_top_recall_counts_the_positives_among_the_highest():
     logits = torch.tensor([[9.0, 8, 7, 6], [1, 2, 3, 4]])
     targets = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1]])
-    assert measures.top_recall(logits, targets, 2) == pytest.approx(2 / 3)
-    assert measures.top_recall(logits, targets, 5) == 1
+    assert latent_metrics.top_recall(logits, targets, 2) == pytest.approx(2 / 3)
+    assert latent_metrics.top_recall(logits, targets, 5) == 1
 
 
 def test_balanced_accuracy_gives_every_class_the_same_weight():
     labels = torch.tensor([0] * 9 + [1])
-    scores = measures.class_scores(torch.tensor([[1.0, 0]]).repeat(10, 1), labels)
+    scores = latent_metrics.class_scores(torch.tensor([[1.0, 0]]).repeat(10, 1), labels)
     assert scores["class_accuracy"] == pytest.approx(0.9) and scores["class_balanced_accuracy"] == 0.5
 
 
@@ -287,16 +287,16 @@ def test_density_gini_and_mixture_fit_see_clusters():
 
 def test_spectra_are_those_of_noise_of_a_wave_and_of_a_constant():
     noise = random_rows(4000 * 4, 64, 29).view(4000, 4, 8, 8).numpy()
-    bands, high = measures.spatial_power(noise)
+    bands, high = latent_metrics.spatial_power(noise)
     np.testing.assert_allclose(bands, 1 / 64, rtol=0.05)
     radius = np.hypot(np.fft.fftfreq(8)[:, None], np.fft.fftfreq(8))
     assert high == pytest.approx((radius > 0.25).mean(), rel=0.02)
     wave = np.cos(2 * np.pi * 3 * np.arange(8) / 8)[None, None, None].repeat(8, 2)  # 3 cycles, in x
-    bands, high = measures.spatial_power(wave)
+    bands, high = latent_metrics.spatial_power(wave)
     assert np.argmax(bands) == 3 and high == pytest.approx(1) and sum(bands[:3]) < 1e-12
-    assert measures.spatial_power(np.ones((2, 1, 8, 8)))[1] == 0
+    assert latent_metrics.spatial_power(np.ones((2, 1, 8, 8)))[1] == 0
     z = noise * np.array([4, 3, 2, 1])[:, None, None]
-    found = measures.latent_measures(torch.from_numpy(z))
+    found = latent_metrics.latent_measures(torch.from_numpy(z))
     np.testing.assert_allclose(found["spectrum"], np.array([16, 9, 4, 1]) / 30, rtol=0.03)
     np.testing.assert_allclose(found["channel_std"], [4, 3, 2, 1], rtol=0.02)
 

@@ -8,8 +8,8 @@
 
 Protocol: posterior means, standardised; logistic regression on the train split, the weight decay (one for all
 attributes) and the _tuned thresholds chosen on the validation split, the test split used once
-(latent_metrics.py). Features are kept in --cache, by the hashes of the VAE and of the images. Letters: n images, F features,
-A attributes; latents z (n, C, h, w), their tokens (n, N, C).
+(latent_metrics.py). Features are kept in --cache, by the hashes of the VAE and of the images. Letters: n
+images, F features, A attributes; latents z (n, C, h, w), their tokens (n, N, C).
 """
 import argparse
 import csv

@@ -169,19 +169,21 @@ def check_sanity(args, vae, meta, facts, device):
     dataset = data.open_dataset(args.sanity or meta.get("data", data.DEFAULT_DATA),
                                 vae.stride * meta["latent_size"][0])
     first = range(min(8, len(dataset)))
-    direct = z_raw = vae.encode(data.to_float(dataset.__getitems__(first)[0].to(device))).mode()
+    posterior = vae.encode(data.to_float(dataset.__getitems__(first)[0].to(device)))
+    moments = torch.cat([posterior.mean, posterior.std], 1)
     if not args.sanity and facts["latents"] and Path(facts["latents"], "meta.json").is_file():
         stored = data.LatentFolder(facts["latents"])
         if stored.meta["vae_hash"] != meta["vae_hash"]:
             raise ValueError(f"{facts['latents']} holds latents of VAE {stored.meta['vae_hash'][:12]}, the "
                              f"SiT was trained on those of {meta['vae_hash'][:12]}")
-        z_raw = stored.take(first).chunk(2, 1)[0].to(device)
-    statistics = [torch.tensor(meta[key]) for key in ("mean", "std")]
-    z = data.normalize_latents(z_raw, *statistics)
-    decoded, wanted = (data.to_uint8(vae.decode(part)).double()
-                       for part in (data.denormalize_latents(z, *statistics), direct))
+        moments = stored.take(first).to(device)
+    mean, std = (torch.tensor(meta[key]) for key in ("mean", "std"))
+    z = data.normalize_latents(moments.chunk(2, 1)[0], mean, std)
+    decoded, wanted = (data.to_uint8(vae.decode(z_raw)).double()
+                       for z_raw in (data.denormalize_latents(z, mean, std), posterior.mean))
     psnr = 10 * math.log10(255 ** 2 / max(float((decoded - wanted).square().mean()), 1e-10))
-    rms = float(z.square().mean().sqrt())
+    noise = moments.chunk(2, 1)[1] / std.view(-1, 1, 1).to(device)  # samples also have the posterior's spread
+    rms = float((z.square() + noise.square()).mean().sqrt())
     common.print0(f"sanity: {psnr:.1f} dB between latents decoded through the statistics and vae(x); "
                   f"normalised latents have rms {rms:.2f}, about 1 is right")
     if psnr < SANE_PSNR or not 0.5 <= rms <= 2:

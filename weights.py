@@ -288,13 +288,16 @@ def read_statistics(path, channels: int) -> tuple:
     number s for z' = s * z (SD-VAE with SiT and REPA: 0.18215). Raises ValueError if it does not fit.
     """
     try:
-        scale = float(path)
+        scale = float(str(path))
     except ValueError:
-        found = statistics_of(_read_any(path))
-    else:
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"--latent-stats {path}: a scale must be a positive number, such as 0.18215")
-        found = torch.zeros(channels), torch.full((channels,), 1 / scale)
+        return _checked(statistics_of(_read_any(path)), path, channels)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"--latent-stats {path}: a scale must be a positive number, such as 0.18215")
+    return torch.zeros(channels), torch.full((channels,), 1 / scale)
+
+
+def _checked(found, path, channels):
+    """Return the statistics `found` in a file, or raise ValueError if they are none or do not fit."""
     if found is None:
         raise ValueError(f"{path}: no latent statistics in it; wanted {{latents_scale, latents_bias}}, "
                          "{mean, std}, a folder of encode.py, or a number such as 0.18215")
@@ -334,14 +337,14 @@ def find_statistics(vae_path, channels: int) -> tuple | None:
     for name in (f"{stem}-latents-stats.pt", "latents_stats.pt", "config.json"):
         source = f"{folder}/{name}" if folder else name
         try:
-            content = _read_any(source)
+            found = statistics_of(_read_any(source))
         except FileNotFoundError:
             continue
-        if statistics_of(content) is not None:  # a config.json may be anything
-            return *read_statistics(source, channels), source
+        if found is not None:  # a config.json may be anything
+            return *_checked(found, source, channels), source
     content = None if is_folder else read_file(fetch(vae_path))
     if isinstance(content, dict) and "vae" in content and statistics_of(content):
-        return *read_statistics(vae_path, channels), vae_path
+        return *_checked(statistics_of(content), vae_path, channels), vae_path
     return None
 
 

@@ -16,6 +16,7 @@ latents_stats.pt (VA-VAE) or diffusers' config.json. They become (mean, std) of 
 import argparse
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -40,7 +41,7 @@ KINDS = (
 
 def resolve(path) -> str:
     """Return `path`; for a folder of our checkpoints the newest in it. hf:// and diffusers folders stay."""
-    if str(path).startswith("hf://") or not Path(path).is_dir() or _diffusers_file(path):
+    if str(path).startswith("hf://") or not os.path.isdir(path) or _diffusers_file(path):
         return str(path)
     files = sorted(Path(path).glob("ckpt_*.pt"))
     if not files:
@@ -50,7 +51,8 @@ def resolve(path) -> str:
 
 
 def _diffusers_file(folder):
-    return next((file for name in DIFFUSERS_FILES if (file := Path(folder) / name).is_file()), None)
+    files = [Path(folder) / name for name in DIFFUSERS_FILES]
+    return next(filter(os.path.isfile, files), None)  # unlike Path.is_file, no error without permission
 
 
 def fetch(path) -> Path:
@@ -312,7 +314,7 @@ def _checked(found, path, channels):
 
 def _read_any(path):
     """Content of a weight file, a .json, or the meta.json or config.json of a folder."""
-    if not str(path).startswith("hf://") and Path(path).is_dir():
+    if not str(path).startswith("hf://") and os.path.isdir(path):
         files = [Path(path) / name for name in ("meta.json", "config.json")]
         path = next(filter(Path.is_file, files), path)
     file = fetch(path)
@@ -331,7 +333,7 @@ def find_statistics(vae_path, channels: int) -> tuple | None:
     BatchNorm inside the file (REPA-E training checkpoints). Ours have none: encode.py makes and keeps them.
     """
     vae_path = str(vae_path)
-    is_folder = not vae_path.startswith("hf://") and Path(vae_path).is_dir()
+    is_folder = not vae_path.startswith("hf://") and os.path.isdir(vae_path)
     folder, _, name = (vae_path, "", "diffusion_pytorch_model") if is_folder else vae_path.rpartition("/")
     stem = re.sub(r"\.\w+$", "", name)
     for name in (f"{stem}-latents-stats.pt", "latents_stats.pt", "config.json"):

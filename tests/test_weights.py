@@ -32,7 +32,7 @@ from vae import VAE, VAE_SIZES, VAEConfig, load_vae
 
 SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, resolution=32, attn_resolutions=(16,),
                   z_channels=4)
-TINY_SIT = SiTConfig(input_size=16, in_channels=4, num_classes=3, z_dims=(5,), **SIT_SIZES["tiny/1"])
+TINY_SIT = SiTConfig(input_size=8, in_channels=4, num_classes=3, z_dims=(5,), **SIT_SIZES["tiny/1"])
 MEAN, STD = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([0.25, 2.0, 4.0, 0.5])
 GOLDEN_VAE, VAE_ARCHIVE = read_fixture("vae")
 GOLDEN_SIT, _ = read_fixture("sit")
@@ -193,8 +193,8 @@ def test_a_hub_reference_is_fetched_or_explained(tmp_path, monkeypatch, small):
 
 def test_an_unknown_hub_name_without_network_is_one_line(monkeypatch, tmp_path):
     """Really offline: huggingface_hub's own switch, which test.sh sets too."""
-    import huggingface_hub
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     name = "hf://nobody/nothing/x.pt"
     train = ["--data", "shapes", "--vae", "tiny", "--teacher", "shapes", "--device", "cpu", "--init", name]
     for main, flags in ((encode.main, ["--data", "shapes", "--device", "cpu", "--vae", name]),
@@ -217,7 +217,7 @@ def test_a_command_that_cannot_read_its_file_says_so_and_leaves_with_code_2(tmp_
 
 def sits_forward(model, seed=3):
     torch.manual_seed(seed)
-    return torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([0, 3])
+    return torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 3])
 
 
 def test_repas_older_files_count_the_blocks_behind_the_projector_from_zero(tmp_path):
@@ -517,7 +517,7 @@ def test_a_published_sit_and_vae_sample_as_their_own_code_would(tmp_path, small,
         both = [theirs(z, turn(t), labels) for labels in (y, torch.full((3,), 3))]
         return sign * (both[1] + 1.5 * (both[0] - both[1]))
     with torch.no_grad():
-        noise = common.noise_for((4, 16, 16), range(3), torch.device("cpu"), 0, "sample")
+        noise = common.noise_for((4, 8, 8), range(3), torch.device("cpu"), 0, "sample")
         z = sample_ode(velocity, noise, 3)
         x = small.decode(z / scale.view(1, 4, 1, 1) + bias.view(1, 4, 1, 1))
     found = np.load(tmp_path / "s" / "samples.npz")["arr_0"].astype(int)
@@ -551,10 +551,10 @@ def encoded(tmp_path, small):
     rng = np.random.default_rng(0)
     for i in range(12):
         (tmp_path / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((32, 32)).save(
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((16, 16)).save(
             tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png")
     path = saved(tmp_path / "vae.pt", small.state_dict())
-    encode.main(["--data", str(tmp_path / "pictures"), "--vae", str(path), "--image-size", "32",
+    encode.main(["--data", str(tmp_path / "pictures"), "--vae", str(path), "--image-size", "16",
                  "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "latents")])
     meta = json.loads((tmp_path / "latents" / "meta.json").read_text())
     model = random_sit()

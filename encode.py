@@ -12,6 +12,7 @@ import torch
 
 import common
 import data
+import weights
 from vae import load_vae
 
 
@@ -23,7 +24,7 @@ def parse_args(argv=None):
     add("--data", default=data.DEFAULT_DATA,
         help="folder of class folders, flat folder, or 'shapes' (embedded set)")
     add("--vae", default="out/vae",
-        help="checkpoint, folder of checkpoints (newest), or hf://owner/repo/file")
+        help="checkpoint, folder (newest of ours, or diffusers'), or hf://owner/repo/file")
     add("--image-size", type=int, default=None, help="pixels; default 256, or 32 for 'shapes'")
     add("--batch-size", type=int, default=64, help="images per forward and device")
     add("--shard-size", type=int, default=8192, help="images per file")
@@ -45,7 +46,7 @@ def encode(args, proc):
         torch.backends.cudnn.allow_tf32 = False
     size = args.image_size or (32 if args.data == "shapes" else 256)
     dataset = data.open_dataset(args.data, size)
-    path = common.resolve_checkpoint(args.vae)
+    path = weights.resolve(args.vae)
     vae = load_vae(path)
     side = size // vae.stride
     per_image = 2 * vae.config.z_channels * side * side * (4 if args.store == "float32" else 2)

@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weights import discriminator_state, fetch, load_strictly, read_file
+
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name; the digits begin the file's sha256
 LINEAR_HEADS = Path(__file__).parent / "assets" / "lpips_vgg_linear.pt"
 
@@ -137,6 +139,15 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x):
         return self.main(x)
+
+
+def load_discriminator(path) -> PatchDiscriminator:
+    """Return the PatchGAN of REPA-E's *-discriminator-ckpt.pt, or inside a checkpoint of VAE training (ours,
+    REPA-E's, VA-VAE's, LDM's); path as in weights.py. Raises FileNotFoundError or ValueError."""
+    state = discriminator_state(read_file(fetch(path)), path)
+    model = PatchDiscriminator()
+    load_strictly(model, state, path, "PatchGAN with ActNorm, or of another width or depth")
+    return model
 
 
 def discriminator_loss(logits_real, logits_fake):

@@ -3,6 +3,7 @@ FID).
 
     python sample.py --cfg 1.5                                             # a picture
     torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num-images 50000 --npz
+    python sample.py --ckpt SiT-XL-2-256.pt --vae sdvae-f8d4.pt --latent-stats 0.18215    # published files
 
 Image i is a function of (seed, i) alone: not of batch size, number of processes or --num. Beside the samples,
 protocol.json says all that they depend on.
@@ -18,10 +19,12 @@ import torch
 
 import common
 import data
-from sit import guided_velocity, load_sit, nfe, sample_ode, sample_sde
+import weights
+from sit import guided_velocity, nfe, read_sit, sample_ode, sample_sde
 from vae import load_vae
 
 SAMPLERS = ("sde", "euler", "heun")
+SANE_PSNR = 40  # dB: stored latents that decode worse than this are not those of this VAE
 
 
 def parse_args(argv=None):
@@ -29,9 +32,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("models").add_argument
-    add("--ckpt", default="out/sit", help="SiT checkpoint, or a folder of checkpoints (newest)")
+    add("--ckpt", default="out/sit",
+        help="SiT checkpoint, ours or published: file, folder of ours (newest), or hf://owner/repo/file")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
-    add("--vae", default=None, help="VAE of the latents; default: the file that encode.py used")
+    add("--vae", default=None, help="VAE of the latents: file, folder, or hf://owner/repo/file; default: the "
+        "one that encode.py used (published SiTs name none)")
+    add("--latent-stats", default=None, help="for published SiTs, whose files hold none: statistics file, or "
+        "0.18215 for SD-VAE; default: in the SiT (REPA-E) or beside the VAE")
+    add("--sanity", nargs="?", const="", default=None, metavar="DATA", help="do not sample: decode 8 images' "
+        "latents through the statistics, compare with vae(x); DATA defaults to the images encoded")
     add = parser.add_argument_group("sampling").add_argument
     add("--cfg", type=float, default=1.0, help="guidance scale, all channels; 1 = off")
     add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
@@ -85,28 +94,117 @@ def sample_images(model, vae, meta, indices, args, device, dtype):
     return data.to_uint8(x.float()).permute(0, 2, 3, 1).cpu().numpy(), y.numpy()
 
 
-def sample(args, proc):
-    """Write grid.png, protocol.json and, with --npz, samples.npz to args.out; return the folder."""
-    ckpt = common.resolve_checkpoint(args.ckpt)
-    state = common.load_checkpoint(ckpt, "nanosendvae-sit")
-    meta, dropout = state["latents"], state["args"]["label_dropout"]
-    if args.cfg != 1 and dropout == 0:
-        raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no "
-                         f"unconditional velocity; use --cfg 1")
-    step, model = state["step"], load_sit(ckpt, args.weights)
-    del state
-    vae_path = common.resolve_checkpoint(args.vae or meta["vae"])
+def open_models(args):
+    """Return (SiT, VAE, meta, facts for the protocol), on the CPU; the meta of the latents as in encode.py.
+
+    Our checkpoints carry their latents' meta. For a published one it is put together from its shape, its VAE
+    and the latents' statistics. Raises ValueError where SiT, VAE and statistics do not belong together.
+    """
+    ckpt = weights.resolve(args.ckpt)
+    model, content = read_sit(ckpt, args.weights)
+    if content.get("format") == "nanosendvae-sit":
+        meta = content["latents"]
+        if args.latent_stats:
+            raise ValueError(f"--latent-stats: {ckpt} carries those it was trained with; leave the flag out")
+        if args.cfg != 1 and content["args"]["label_dropout"] == 0:
+            raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no "
+                             f"unconditional velocity; use --cfg 1")
+    else:
+        meta = None  # put together once its VAE is known
+        if args.vae is None:
+            raise ValueError(f"{ckpt} is a published SiT, which does not name its VAE: give --vae FILE")
+    vae_path = weights.resolve(args.vae or meta["vae"])
     vae = load_vae(vae_path)
     found = common.state_hash(vae.state_dict())
+    meta = meta or published_meta(args, ckpt, model, content, vae, vae_path, found)
     if found != meta["vae_hash"]:
         raise ValueError(f"{vae_path} is VAE {found[:12]}, the SiT was trained on latents of VAE "
                          f"{meta['vae_hash'][:12]}; give --vae that one")
+    return model, vae, meta, dict(
+        checkpoint=str(ckpt), checkpoint_sha256=file_hash(weights.fetch(ckpt)),
+        step=content.get("step", content.get("steps")), vae=str(vae_path), vae_hash=found,
+        latents=content["args"]["latents"] if "source" not in meta else None,
+        latent_statistics=meta.get("source", "in the checkpoint"))
+
+
+def published_meta(args, ckpt, model, content, vae, vae_path, vae_hash):
+    """Return what encode.py's meta says, for a published SiT and VAE; ValueError where they do not fit."""
+    channels, inside = vae.post_quant_conv.in_channels, weights.statistics_of(content)
+    if model.config.in_channels != channels:
+        raise ValueError(f"{ckpt} takes latents of {model.config.in_channels} channels, {vae_path} makes "
+                         f"{channels}: give --vae the VAE that this SiT was trained on")
+    if args.latent_stats:
+        mean, std = weights.read_statistics(args.latent_stats, channels)
+        source = args.latent_stats
+    else:
+        beside = weights.find_statistics(vae_path, channels)
+        if inside is None and beside is None:
+            raise ValueError(f"no latent statistics in {ckpt} or beside {vae_path}: give --latent-stats FILE "
+                             "(0.18215 for SD-VAE with SiT's and REPA's checkpoints)")
+        mean, std, source = (*inside, f"BatchNorm of {ckpt}") if inside else beside
+        if inside and beside and not (torch.allclose(std, beside[1], rtol=0.05)
+                                      and ((mean - beside[0]).abs() <= 0.05 * std).all()):
+            raise ValueError(f"statistics {stats_hash(mean, std)[:12]} of the latents inside {ckpt} are not "
+                             f"{stats_hash(*beside[:2])[:12]} of {beside[2]}: another VAE than the SiT's? "
+                             "--latent-stats FILE decides")
+    side = model.config.input_size
+    return {"channels": channels, "latent_size": [side, side], "num_classes": model.config.num_classes,
+            "class_names": [], "vae": str(vae_path), "vae_hash": vae_hash, "source": str(source),
+            "mean": mean.tolist(), "std": std.tolist()}
+
+
+def stats_hash(mean, std) -> str:
+    """Return the sha256 of latent statistics, tensors or lists."""
+    numbers = [torch.as_tensor(part).tolist() for part in (mean, std)]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
+
+
+@torch.no_grad()
+def check_sanity(args, vae, meta, facts, device):
+    """Decode 8 images' latents through the statistics, print the PSNR to vae(x); ValueError if they are off.
+
+    For a SiT of ours the latents are those stored where it was trained, as long as they are there; else, and
+    with --sanity DATA, the images are encoded. Normalised they must also be of about unit size.
+    """
+    dataset = data.open_dataset(args.sanity or meta.get("data", data.DEFAULT_DATA),
+                                vae.stride * meta["latent_size"][0])
+    first = range(min(8, len(dataset)))
+    posterior = vae.encode(data.to_float(dataset.__getitems__(first)[0].to(device)))
+    moments = torch.cat([posterior.mean, posterior.std], 1)
+    if not args.sanity and facts["latents"] and Path(facts["latents"], "meta.json").is_file():
+        stored = data.LatentFolder(facts["latents"])
+        if stored.meta["vae_hash"] != meta["vae_hash"]:
+            raise ValueError(f"{facts['latents']} holds latents of VAE {stored.meta['vae_hash'][:12]}, the "
+                             f"SiT was trained on those of {meta['vae_hash'][:12]}")
+        moments = stored.take(first).to(device)
+    mean, std = (torch.tensor(meta[key]) for key in ("mean", "std"))
+    z = data.normalize_latents(moments.chunk(2, 1)[0], mean, std)
+    decoded, wanted = (data.to_uint8(vae.decode(z_raw)).double()
+                       for z_raw in (data.denormalize_latents(z, mean, std), posterior.mean))
+    psnr = 10 * math.log10(255 ** 2 / max(float((decoded - wanted).square().mean()), 1e-10))
+    noise = moments.chunk(2, 1)[1] / std.view(-1, 1, 1).to(device)  # samples also have the posterior's spread
+    rms = float((z.square() + noise.square()).mean().sqrt())
+    common.print0(f"sanity: {psnr:.1f} dB between latents decoded through the statistics and vae(x); "
+                  f"normalised latents have rms {rms:.2f}, about 1 is right")
+    if psnr < SANE_PSNR or not 0.5 <= rms <= 2:
+        raise ValueError(f"sanity: {psnr:.1f} dB, rms {rms:.2f}; want at least {SANE_PSNR} dB and 0.5 to 2: "
+                         f"latents or statistics ({facts['latent_statistics']}) of another VAE than "
+                         f"{meta['vae']}")
+
+
+def sample(args, proc):
+    """Write grid.png, protocol.json and, with --npz, samples.npz to args.out; return the folder."""
+    model, vae, meta, facts = open_models(args)
+    if args.sanity is not None:
+        return check_sanity(args, vae.to(proc.device), meta, facts, proc.device)
     num = args.num or min(8 * meta["num_classes"], 80)
     evaluations = nfe(args.steps, heun=args.sampler == "heun")
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
-    common.print0(f"{num} images: {ckpt} (step {step}, {args.weights} weights, "
+    common.print0(f"{num} images: {facts['checkpoint']} (step {facts['step']}, {args.weights} weights, "
                   f"{sum(p.numel() for p in model.parameters()):,} parameters), {args.sampler} {args.steps} "
-                  f"steps = {evaluations} evaluations, cfg {args.cfg:g} in {tuple(args.cfg_interval)}")
+                  f"steps = {evaluations} evaluations, cfg {args.cfg:g} in {tuple(args.cfg_interval)}; "
+                  f"latent statistics {stats_hash(meta['mean'], meta['std'])[:12]}, "
+                  f"{facts['latent_statistics']}")
     if args.dry_run:
         return None
     model, vae = model.to(proc.device), vae.to(proc.device)
@@ -122,8 +220,7 @@ def sample(args, proc):
     images, labels = gather(images, labels, Path(args.out), proc)
     if proc.main:
         write(args, images, labels, meta, dict(
-            num_images=num, checkpoint=str(ckpt), checkpoint_sha256=file_hash(ckpt), step=step,
-            vae=str(vae_path), vae_hash=found, nfe=evaluations, autocast=str(dtype), device=str(proc.device),
+            facts, num_images=num, nfe=evaluations, autocast=str(dtype), device=str(proc.device),
             guided_channels="all", time="t=1 noise, t=0 data"))
     return args.out
 
@@ -158,7 +255,7 @@ def write(args, images, labels, meta, facts):
     columns = min(meta["num_classes"], 10) if args.labels == "balanced" and meta["num_classes"] > 1 \
         else max(1, math.isqrt(len(shown)))
     data.save_grid(folder / "grid.png", shown, columns=columns, scale=max(1, 64 // images.shape[1]))
-    stats = hashlib.sha256(json.dumps([meta["mean"], meta["std"]]).encode()).hexdigest()
+    stats = stats_hash(meta["mean"], meta["std"])
     protocol = {**{k: v for k, v in vars(args).items()}, **facts, "latent_statistics_sha256": stats,
                 "class_names": meta["class_names"][:100], **common.versions()}
     (folder / "protocol.json").write_text(json.dumps(protocol, indent=1))

@@ -2,13 +2,13 @@
 
 Time as in REPA: t = 0 is data, t = 1 is noise; z_t = (1 - t) z + t eps; the network predicts v = eps - z.
 Sampling integrates from t = 1 down to t = 0, and guidance intervals are in this time. willisma/SiT runs
-the other way round (t = 0 is noise): wrap such a network in velocity_from_reversed.
+the other way round (t = 0 is noise): load_sit marks its files, the network then turns t and v around itself.
 
 Shapes: B images, C channels of an H x W latent, patches of p x p, N = (H/p)(W/p) tokens of width D.
 References: SiT arXiv:2401.08740, REPA arXiv:2410.06940, DiT arXiv:2212.09748.
 """
+import argparse
 import math
-import pickle
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from weights import fetch, load_strictly, read_file, resolve, save_statistics, sit_state, statistics_of
 
 
 # pieces that mapper.py shares
@@ -195,14 +197,15 @@ def unpatchify(patches: Tensor, h: int, w: int, patch_size: int) -> Tensor:
 class SiT(nn.Module):
     """Velocity network v(z_t, t, y), with REPA's parameter names, so that published files load strictly.
 
-    Set `grad_checkpointing = True` to recompute the blocks in backward (less memory, the same gradients).
+    Set `grad_checkpointing = True` to recompute the blocks in backward (less memory, the same gradients), and
+    `reversed_time = True` where the weights were trained with t = 0 noise, v = z - eps (willisma/SiT).
     """
 
     def __init__(self, cfg: SiTConfig):
         super().__init__()
         if cfg.z_dims and not 1 <= cfg.encoder_depth <= cfg.depth:
             raise ValueError(f"encoder_depth {cfg.encoder_depth} is outside 1..{cfg.depth}, the blocks")
-        self.config, self.grad_checkpointing = cfg, False
+        self.config, self.grad_checkpointing, self.reversed_time = cfg, False, False
         self.null_label = cfg.num_classes if cfg.use_null else None  # label of the unconditional branch
         D, side = cfg.hidden_size, cfg.input_size // cfg.patch_size
         self.x_embedder = PatchEmbed(cfg.patch_size, cfg.in_channels, D)
@@ -229,6 +232,7 @@ class SiT(nn.Module):
         pos = self.pos_embed if H == W == cfg.input_size else \
             sincos_pos_embed(cfg.hidden_size, H // p, W // p).to(self.pos_embed)
         x = self.x_embedder(z_t.to(pos.dtype)) + pos  # (B, N, D)
+        t = 1 - t if self.reversed_time else t
         return x, self.t_embedder(t) + self.y_embedder(y)  # condition (B, D)
 
     def _run(self, blocks, x, c):
@@ -250,6 +254,7 @@ class SiT(nn.Module):
         x = self._run(blocks[cfg.encoder_depth:], x, c)
         out = unpatchify(self.final_layer(x, c), z_t.shape[2] // p, z_t.shape[3] // p, p)
         v = out[:, :cfg.in_channels]  # drops the second half under learn_sigma
+        v = -v if self.reversed_time else v
         return (v, projections) if return_projections else v
 
     def features(self, z_t: Tensor, t: Tensor, y: Tensor, block: int) -> Tensor:
@@ -411,7 +416,11 @@ def sample_sde(velocity, noise: Tensor, num_steps: int, generator=None, path: st
 
 # checkpoints
 def _infer_config(state):
-    """Read a published shape (REPA, REPA-E, willisma) off its tensors; heads, encoder_depth by the width."""
+    """Read a published shape (REPA, REPA-E, willisma) off its tensors; heads by the width."""
+    missing = [key for key in ("pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
+               if key not in state]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing: not SiT as REPA and willisma publish it, or cut off")
     width, channels, p, _ = state["x_embedder.proj.weight"].shape
     size = next((size for size in SIT_SIZES.values() if size["hidden_size"] == width), None)
     if size is None:
@@ -419,30 +428,89 @@ def _infer_config(state):
     return SiTConfig(
         math.isqrt(state["pos_embed"].shape[1]) * p, p, channels, width, size["depth"], size["num_heads"],
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        qk_norm="blocks.0.attn.q_norm.weight" in state, encoder_depth=8 if width > 768 else 4,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        encoder_depth=8 if width > 768 else 4,  # not in the file: what REPA's author says
         learn_sigma=len(state["final_layer.linear.weight"]) == 2 * p * p * channels,
         z_dims=tuple(len(state[key]) for key in state if re.fullmatch(r"projectors\.\d+\.4\.bias", key)))
 
 
-def load_sit(path: str | Path, weights: str = "ema") -> SiT:
-    """Return the SiT of a train_sit.py checkpoint, or of a published bare state dict; eval mode, on the CPU.
-
-    weights: "ema" or "raw"; a bare state dict has one set. REPA-E's BatchNorm of the latents is left out.
-    Raises FileNotFoundError, or ValueError for a damaged file, another kind of checkpoint, no EMA.
+def read_sit(path: str | Path, which: str = "ema") -> tuple[SiT, dict]:
+    """Return (SiT, content of its file); the SiT as load_sit does. The content is our checkpoint's dict (with
+    "latents": their statistics and VAE), or whatever a published file holds.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no SiT checkpoint at {path}; train one with train_sit.py")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain types: {error}") from error
+    content = read_file(fetch(path))
+    state = sit_state(content, path, which)
     ours = content.get("format") == "nanosendvae-sit"
-    state = content["ema" if weights == "ema" else "model"] if ours else content
-    if state is None:
-        raise ValueError(f"{path} holds no EMA weights; use --weights raw")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError(f"{path} is no SiT checkpoint but {content.get('format')!r}; use train_sit.py's")
-    model = SiT(SiTConfig(**content["model_config"]) if ours else _infer_config(state))
-    model.load_state_dict({key: value for key, value in state.items() if not key.startswith("bn.")})
-    return model.eval()
+    try:
+        cfg = SiTConfig(**content["model_config"]) if ours else _infer_config(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    with torch.device("meta"):  # no time spent on initial weights
+        model = SiT(cfg)
+    state = {key: value for key, value in state.items() if not key.startswith("bn.")}
+    reason = "edited, or of another version" if ours else "a network of another depth, or another code"
+    load_strictly(model.to_empty(device="cpu"), state, path, reason)
+    # The only published SiT with learn_sigma is willisma's, and that is how its time direction is known.
+    model.reversed_time = not ours and cfg.learn_sigma
+    return model.eval(), content
+
+
+def load_sit(path: str | Path, weights: str = "ema") -> SiT:
+    """Return the SiT of a file: fp32, on the CPU, in eval mode.
+
+    path: file, folder of our checkpoints (newest), or hf://owner/repo/file; ours, or as REPA, REPA-E and
+    willisma publish it (REPA-E's BatchNorm, the statistics of the latents, is left out). weights: "ema" or
+    "raw"; a bare state dict has one set. Raises FileNotFoundError, or ValueError for a damaged file, another
+    kind of content, no such weights.
+    """
+    return read_sit(path, weights)[0]
+
+
+def export(kind: str, out, path, which: str = "ema") -> None:
+    """Write the SiT at `path` as {"ema": state dict}, REPA's names; beside it <name>-latents-stats.pt.
+
+    kind: "repa", or "repa-e": with the latent statistics as BatchNorm inside, as REPA-E's SiT has them.
+    Raises ValueError for weights of reversed time, which would load there and sample noise.
+    """
+    model, content = read_sit(path, which)
+    if model.reversed_time or model.config.learn_sigma:
+        raise ValueError(f"{path}: willisma's SiT (learn_sigma, t = 0 noise) cannot become one of REPA's")
+    state, statistics = model.state_dict(), statistics_of(content)
+    if kind == "repa-e":
+        if statistics is None:
+            raise ValueError(f"{path}: holds no latent statistics for the BatchNorm; use --export repa")
+        state |= {"bn.running_mean": statistics[0], "bn.running_var": statistics[1].square(),
+                  "bn.num_batches_tracked": torch.tensor(content.get("step", 0))}
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"ema": state}, out)
+    if statistics is not None:
+        save_statistics(out.with_name(f"{out.stem}-latents-stats.pt"), *statistics)
+
+
+def parse_args(argv=None):
+    """Parse the command line of `python sit.py`."""
+    parser = argparse.ArgumentParser(description="Write a SiT for REPA's and REPA-E's scripts.",
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", default="out/sit", help="checkpoint, folder of them (newest), or hf://owner/repo/file")
+    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
+    add("--export", nargs=2, required=True, metavar=("KIND", "FILE"),
+        help="repa: REPA's names; repa-e: with the latent statistics as BatchNorm inside")
+    args = parser.parse_args(argv)
+    if args.export[0] not in ("repa", "repa-e"):
+        parser.error(f"--export {args.export[0]}: want repa or repa-e")
+    return args
+
+
+def main(argv=None):
+    """Entry point of the command."""
+    args = parse_args(argv)
+    export(*args.export, resolve(args.ckpt), args.weights)
+    print(f"wrote {args.export[1]}")
+
+
+if __name__ == "__main__":
+    from common import cli
+    cli(main)

@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import common
 import data
+import weights
 from losses import (LPIPS, PatchDiscriminator, StepBatchNorm, adaptive_gan_weight, discriminator_loss,
-                    generator_loss, vae_loss)
+                    generator_loss, load_discriminator, vae_loss)
 from mapper import Mapper, MapperConfig, Teacher, alignment_loss
 from vae import VAE, VAE_SIZES, Posterior, load_vae
 
@@ -46,7 +47,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="f16d32", choices=tuple(VAE_SIZES), help="architecture; must fit --init")
     add("--init", default=PUBLISHED_INIT,
-        help="start weights: FILE, hf://owner/repo/file, or 'none' (from scratch)")
+        help="start weights: file, folder (ours, diffusers'), hf://owner/repo/file, or 'none' (from scratch)")
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--teacher-weights", default=None, help="local file instead of the hub")
     add("--mapper", default="vit", choices=("vit", "linear"),
@@ -63,6 +64,8 @@ def parse_args(argv=None):
     add("--gan", type=float, default=0.1, help="hinge PatchGAN, weight in the VAE loss")
     add("--gan-adaptive", action="store_true",
         help="scale --gan by the gradient ratio at the last layer (as VQGAN), per micro-batch")
+    add("--disc-init", default="none",
+        help="discriminator to start from: file or hf://owner/repo/file, or 'none' (from scratch)")
     add("--disc-start", type=int, default=0, help="step at which the discriminator begins to train")
     add("--disc-warmup", type=int, default=0, help="further steps before it enters the VAE loss")
     add = parser.add_argument_group("optimisation").add_argument
@@ -124,10 +127,12 @@ class Critic(nn.Module):
 
 def build(args, image_size):
     """Return (vae, mapper or None, teacher or None, lpips or None, critic or None), on the CPU."""
-    vae = VAE(VAE_SIZES[args.vae]) if args.init == "none" else load_vae(common.resolve_checkpoint(args.init))
+    vae = VAE(VAE_SIZES[args.vae]) if args.init == "none" else load_vae(weights.resolve(args.init))
     if vae.config != VAE_SIZES[args.vae]:
-        name = next((k for k, v in VAE_SIZES.items() if v == vae.config), "another architecture")
-        raise ValueError(f"--init {args.init} holds {name}, --vae asks for {args.vae}")
+        held = vae.config.z_channels, vae.stride
+        name = next((f"{k}: give --vae {k}" for k, v in VAE_SIZES.items() if v == vae.config),
+                    f"a VAE of {held[0]} channels at 1/{held[1]}, which --vae has no name for")
+        raise ValueError(f"--vae asks for {args.vae}, --init {args.init} holds {name}")
     if image_size % vae.stride:
         raise ValueError(f"--image-size {image_size} is not a multiple of the VAE's stride {vae.stride}")
     vae.checkpointing = args.checkpointing
@@ -141,7 +146,12 @@ def build(args, image_size):
             kind=args.mapper, depth=args.mapper_depth, projector_dim=args.projector_dim,
             noise=args.mapper_noise == "on", bn_group=args.bn_group))
     lpips = LPIPS(args.lpips_weights) if args.lpips > 0 else None
-    critic = Critic(PatchDiscriminator(), args.bn_group) if args.gan > 0 else None
+    if args.disc_init != "none" and args.gan == 0:
+        raise ValueError("--disc-init: --gan 0 trains without a discriminator; leave one of them out")
+    critic = None
+    if args.gan > 0:
+        disc = PatchDiscriminator() if args.disc_init == "none" else load_discriminator(args.disc_init)
+        critic = Critic(disc, args.bn_group)
     return vae.train(), mapper, teacher, lpips, critic
 
 

@@ -1,7 +1,7 @@
 """KL autoencoder: image x (B, 3, H, W) in [-1, 1] <-> latent z (B, C, h, w).
 
     vae = VAE(VAE_SIZES["f16d32"])                      # from scratch
-    vae = load_vae("hf://REPA-E/sdvae/sdvae-f8d4.pt")   # or a local file: published or ours
+    vae = load_vae("hf://REPA-E/sdvae/sdvae-f8d4.pt")   # or a local file or folder: published or ours
     posterior = vae.encode(x)                           # Posterior(mean, logvar), both (B, C, h, w) float32
     x_hat = vae.decode(posterior.sample())              # about [-1, 1], not clamped
 
@@ -9,7 +9,8 @@ The network is the encoder and decoder of latent diffusion (arXiv:2112.10752) wi
 that SD-VAE (f8d4) and VA-VAE, IN-VAE, E2E-VAE, Send-VAE (f16d32) files load strictly. Latents are raw here;
 their normalisation is data.py's. Letters: B batch, C channels, H W image pixels, h w latent pixels.
 """
-import re
+import argparse
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import weights
 
 
 @dataclass(frozen=True)
@@ -283,150 +286,169 @@ class VAE(nn.Module):
         return self.decode(z), z, posterior
 
 
-# Loading: read the file (fetch, read_file), bring its keys to our names (unpack), find the architecture.
-
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-TRAINING_KEYS = ("loss.", "foundation_model.", "linear_proj.")  # beside the VAE in VA-VAE and LDM checkpoints
-
-# diffusers' AutoencoderKL -> ours, replaced in this order; the last four: attention names of older files
-DIFFUSERS_NAMES = (
-    ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."),
-    ("mid_block.attentions.0.", "mid.attn_1."), ("down_blocks.", "down."), (".resnets.", ".block."),
-    (".attentions.", ".attn."), ("downsamplers.0.", "downsample."), ("upsamplers.0.", "upsample."),
-    ("conv_shortcut.", "nin_shortcut."), ("group_norm.", "norm."), ("conv_norm_out.", "norm_out."),
-    ("to_q.", "q."), ("to_k.", "k."), ("to_v.", "v."), ("to_out.0.", "proj_out."),
-    ("query.", "q."), ("key.", "k."), ("value.", "v."), ("proj_attn.", "proj_out."),
-)
-
+# loading and export; files and their layouts are weights.py's business
 
 def load_vae(path: str | Path) -> VAE:
     """Return the VAE of a weight file: float32, on the CPU, in eval mode.
 
-    path: a file, or hf://owner/repo/file for the hub. Taken are our checkpoints (EMA weights where they hold
-    any, else the raw ones), bare state dicts with the published names, {"state_dict": ...} as VA-VAE and LDM
-    training write it, and diffusers' AutoencoderKL weights (.bin, .safetensors). Files other than ours must
-    have the architecture of one of VAE_SIZES; the number of latent channels is read from the file.
+    path: a file, a folder (of our checkpoints: the newest; or in diffusers format), or hf://owner/repo/file;
+    layouts as in weights.py (EMA weights where ours hold any, else the raw ones). A diffusers folder says its
+    architecture in config.json, ours in the checkpoint; other files must have that of one of VAE_SIZES, the
+    number of latent channels is read from the file.
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
     """
-    state, cfg = unpack(read_file(fetch(path)), path)
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    if cfg is None:
-        cfg = infer_config(shapes, path)
-    wrong = differences(cfg, shapes)
-    if wrong:
-        raise ValueError(f"{path}: its weights do not fit its own model_config, {summary(wrong)}: was it "
-                         "edited, or written by another version?")
+    file = weights.fetch(path)
+    state, model_config = weights.vae_state(weights.read_file(file), path)
+    about = Path(path) / "config.json"
+    if model_config is not None:
+        cfg = VAEConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in model_config.items()})
+    elif about.is_file():
+        cfg = config_from_diffusers(json.loads(about.read_text()))
+    else:
+        cfg = infer_config(state, path)
     with torch.device("meta"):  # no time spent on initial weights
         vae = VAE(cfg)
-    vae.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    wrong = weights.differences(vae.state_dict(), state)
+    if wrong:
+        where = "its config.json" if model_config is None else "its own model_config"
+        raise ValueError(f"{path}: its weights do not fit {where}, {weights.summary(wrong)}: was it "
+                         "edited, or written by another version?")
+    vae = vae.to_empty(device="cpu")
+    vae.load_state_dict(state)
     return vae.eval()
 
 
-def fetch(path):
-    """Return the local Path of `path`; hf://owner/repo/file is downloaded to the cache of huggingface_hub."""
-    if not str(path).startswith("hf://"):
-        return Path(path)
-    parts = re.fullmatch(r"hf://([^/]+/[^/]+)/(.+)", str(path))
-    if parts is None:
-        raise ValueError(f"{path}: a file on the hub is written hf://owner/repo/file")
-    from huggingface_hub import hf_hub_download  # comes with timm
-    try:
-        return Path(hf_hub_download(parts[1], parts[2]))
-    except OSError as error:  # what huggingface_hub raises without network, and for wrong names
-        raise FileNotFoundError(f"{path}: neither in the local cache nor to be had from the hub "
-                                f"({type(error).__name__}): check the name and the network, or download "
-                                f"{parts[2]} elsewhere and give its path") from error
+def infer_config(state, path):
+    """Return the VAEConfig behind a state dict: one of VAE_SIZES, with the latent channels of the file.
 
-
-def read_file(path):
-    """Return the content of a .safetensors file, or of anything that torch.load(weights_only=True) reads."""
-    if not path.is_file():
-        seen = "a folder, give the weight file in it" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {seen}")
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head:
-        raise ValueError(f"{path}: the file is empty: download or copy it again")
-    if head.lstrip().startswith((b"<", b"version https://git-lfs")):
-        raise ValueError(f"{path}: a web page or Git LFS pointer, not weights (it starts {head[:16]!r}): "
-                         "download the file itself")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # comes with timm
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, zip and safetensors each raise types of their own
-        pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if pickled:
-            raise ValueError(f"{path}: holds a pickled {pickled[1]}, not loaded because it could run code: "
-                             "if you trust it, load it yourself and save its state dict alone") from error
-        raise ValueError(f"{path}: damaged, cut off or no weight file ({type(error).__name__}): download or "
-                         "copy it again") from error
-
-
-def unpack(content, path):
-    """Return (state dict in our names, VAEConfig or None) of a file's content. New layouts belong here."""
-    content = content if isinstance(content, dict) else {}
-    if "format" in content:
-        if content["format"] != "nanosendvae-vae":
-            raise ValueError(f"{path}: a {content['format']} checkpoint, not a VAE: give one of train_vae.py")
-        cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in content["model_config"].items()}
-        return content["ema"] or content["model"], VAEConfig(**cfg)
-    state = content.get("state_dict", content)
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items()}
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in state:
-        state = from_diffusers(state)
-    if not any(key.startswith(PARTS) for key in state):
-        keys = [key for value in (state, *content.values()) if isinstance(value, dict) for key in value]
-        sit = any("x_embedder" in str(key) for key in keys)
-        raise ValueError(f"{path}: no VAE in it, its keys are {summary(list(state))}: "
-                         + ("these are SiT weights, for load_sit" if sit else "give the VAE's weight file"))
-    return {key: value for key, value in state.items() if not key.startswith(TRAINING_KEYS)}, None
-
-
-def from_diffusers(state_dict):
-    """Return the state dict of diffusers' AutoencoderKL under our key names.
-
-    There up_blocks count from the lowest resolution, and attention is linear: (C, C), not (C, C, 1, 1).
-    """
-    last = max(int(key.split(".")[2]) for key in state_dict if key.startswith("decoder.up_blocks."))
-    renamed = {}
-    for key, value in state_dict.items():
-        key = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", key)
-        for theirs, ours in DIFFUSERS_NAMES:
-            key = key.replace(theirs, ours)
-        renamed[key] = value[:, :, None, None] if ".attn" in key and value.ndim == 2 else value
-    return renamed
-
-
-def infer_config(shapes, path):
-    """Return the VAEConfig behind {key: shape}: one of VAE_SIZES, with the latent channels of the file.
-
-    Raises ValueError that names the closest size and what differs from it.
+    Raises ValueError that names the closest size, what differs from it, and the likely reason.
     """
     channels = {}
-    if len(shapes.get("post_quant_conv.weight", ())) == 4:
-        z_channels, embed_dim = shapes["post_quant_conv.weight"][:2]
+    if getattr(state.get("post_quant_conv.weight"), "ndim", 0) == 4:
+        z_channels, embed_dim = state["post_quant_conv.weight"].shape[:2]
         channels = dict(z_channels=z_channels, embed_dim=None if embed_dim == z_channels else embed_dim)
-    sizes = {name: replace(cfg, **channels) for name, cfg in VAE_SIZES.items()}
-    wrong = {name: differences(cfg, shapes) for name, cfg in sizes.items()}
+    sizes, wrong = {name: replace(cfg, **channels) for name, cfg in VAE_SIZES.items()}, {}
+    for name, cfg in sizes.items():
+        with torch.device("meta"):
+            wrong[name] = weights.differences(VAE(cfg).state_dict(), state)
     closest = min(wrong, key=lambda name: len(wrong[name]))
     if wrong[closest]:
         raise ValueError(f"{path}: none of the sizes {', '.join(VAE_SIZES)}; from {closest} it differs in "
-                         f"{len(wrong[closest])} tensors: {summary(wrong[closest])}")
+                         f"{len(wrong[closest])} tensors: {weights.summary(wrong[closest])}: "
+                         f"{likely_reason(state, wrong[closest])}")
     return sizes[closest]
 
 
-def differences(cfg, shapes):
-    """Return one line for each tensor in which a file's {key: shape} differs from VAE(cfg); [] if it fits."""
-    with torch.device("meta"):
-        wanted = {key: tuple(value.shape) for key, value in VAE(cfg).state_dict().items()}
-    return ([f"{key} is {shapes[key]}, not {shape}" for key, shape in wanted.items()
-             if shapes.get(key, shape) != shape]
-            + [f"{key} is missing" for key in wanted if key not in shapes]
-            + [f"{key} is unexpected" for key in shapes if key not in wanted])
+def likely_reason(state, wrong):
+    """Guess why a VAE state dict fits none of our sizes."""
+    for part in weights.VAE_PARTS:
+        if not any(key.startswith(part) for key in state):
+            return f"a VAE without {part[:-1]} (half a file, or another family, as FLUX's)"
+    if all("is missing" in line for line in wrong):
+        return "keys were lost, download or copy it again"
+    if all("is unexpected" in line for line in wrong):
+        return "something else is stored beside the VAE, save the VAE's state dict alone"
+    return "another architecture; a folder in diffusers format brings its own config.json"
 
 
-def summary(items):
-    """Return the first three items as text, and the number of the others."""
-    return "; ".join(items[:3]) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
+def config_from_diffusers(config):
+    """Return the VAEConfig of diffusers' AutoencoderKL config.json; ValueError if we have no such network."""
+    want = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": True,
+            "use_post_quant_conv": True, "mid_block_add_attention": True}
+    odd = [f"{key} {config[key]}" for key, value in want.items() if config.get(key, value) != value]
+    keys = ("block_out_channels", "down_block_types", "layers_per_block", "latent_channels")
+    odd += [f"no {key}" for key in keys if key not in config]
+    if odd:
+        raise ValueError(f"config.json: {weights.summary(odd)}: not an AutoencoderKL that vae.py has")
+    widths, kinds, blocks, z_channels = (config[key] for key in keys)
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"config.json: widths {widths}, vae.py takes multiples of the first")
+    side = 256  # nominal: attention is where down_block_types says, whatever sample_size is
+    return VAEConfig(
+        ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), num_res_blocks=blocks,
+        attn_resolutions=tuple(side // 2 ** i for i, kind in enumerate(kinds) if "Attn" in kind),
+        resolution=side, z_channels=z_channels, in_channels=config.get("in_channels", 3),
+        norm_groups=config.get("norm_num_groups", 32))
+
+
+def diffusers_config(cfg, statistics):
+    """Return the config.json of diffusers' AutoencoderKL for a VAEConfig; statistics (mean, std) or None.
+
+    ValueError for what diffusers does not have: a stem, or embed_dim other than z_channels.
+    """
+    if cfg.stem != 1 or cfg.embed_dim not in (None, cfg.z_channels):
+        raise ValueError(f"diffusers has no AutoencoderKL with stem {cfg.stem}, embed_dim {cfg.embed_dim}: "
+                         "export f16d32 or f8d4, or use --export safetensors FILE")
+    attn = ["Attn" if has_attn else "" for _, has_attn in level_shapes(cfg)]
+    mean, std = (part.tolist() for part in statistics[:2]) if statistics else (None, None)
+    scale = 1.0
+    if std and not any(mean) and len(set(std)) == 1:  # one scalar: where diffusers' pipelines look for it
+        scale, mean, std = 1 / std[0], None, None
+    return {"_class_name": "AutoencoderKL", "in_channels": cfg.in_channels, "out_channels": cfg.in_channels,
+            "block_out_channels": [width for width, _ in level_shapes(cfg)], "act_fn": "silu",
+            "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attn],
+            "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attn)],
+            "layers_per_block": cfg.num_res_blocks, "latent_channels": cfg.z_channels,
+            "norm_num_groups": cfg.norm_groups, "sample_size": cfg.resolution,
+            "scaling_factor": scale, "latents_mean": mean, "latents_std": std}
+
+
+def export(kind, out, path, latent_stats=None, licence=None):
+    """Write the VAE at `path` for other codes; return its statistics (mean, std, source) or None.
+
+    kind: "diffusers" (out is a folder); "safetensors" or "ldm" (out is a file with the published names; "ldm"
+    is the .pt that REPA-E's scripts take), with <name>-latents-stats.pt beside it, where they are known.
+    """
+    path = weights.resolve(path)
+    vae, out = load_vae(path), Path(out)
+    channels = vae.post_quant_conv.in_channels
+    statistics = (*weights.read_statistics(latent_stats, channels), latent_stats) if latent_stats else \
+        weights.find_statistics(path, channels)
+    state = vae.state_dict()
+    if kind == "diffusers":
+        config = diffusers_config(vae.config, statistics)
+        weights.save_safetensors(out / weights.DIFFUSERS_FILES[0], weights.to_diffusers(state))
+        (out / "config.json").write_text(json.dumps(config, indent=1))
+        content = weights.read_file(weights.fetch(path))
+        (out / "README.md").write_text(weights.model_card(path, content, statistics, licence))
+        return statistics
+    if kind == "safetensors":
+        weights.save_safetensors(out, state)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, out)
+    if statistics:
+        weights.save_statistics(out.with_name(f"{out.stem}-latents-stats.pt"), *statistics[:2])
+    return statistics
+
+
+def parse_args(argv=None):
+    """Parse the command line of `python vae.py`."""
+    parser = argparse.ArgumentParser(description="Write a VAE, ours or published, for other codes.",
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--vae", default="out/vae", help="checkpoint, folder of them (newest) or of diffusers, or "
+        "hf://owner/repo/file")
+    add("--export", nargs=2, required=True, metavar=("KIND", "PATH"),
+        help="diffusers DIR (for AutoencoderKL.from_pretrained), safetensors FILE, ldm FILE (REPA-E's .pt)")
+    add("--latent-stats", default=None,
+        help="statistics to go with it: file, folder of encode.py, or number; default: those beside the VAE")
+    add("--license", default=None, help="identifier for the model card, such as mit; start weights bind it")
+    args = parser.parse_args(argv)
+    if args.export[0] not in ("diffusers", "safetensors", "ldm"):
+        parser.error(f"--export {args.export[0]}: want diffusers, safetensors or ldm")
+    return args
+
+
+def main(argv=None):
+    """Entry point of the command."""
+    args = parse_args(argv)
+    statistics = export(*args.export, args.vae, args.latent_stats, args.license)
+    print(f"wrote {args.export[1]}; latent statistics: "
+          + (f"from {statistics[2]}" if statistics else "none known, give --latent-stats"))
+
+
+if __name__ == "__main__":
+    from common import cli
+    cli(main)

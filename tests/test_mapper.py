@@ -43,10 +43,15 @@ def test_dinov2_tokens_are_those_of_repa(case, tmp_path):
     torch.save(published.state_dict(), tmp_path / "weights.pth")
     teacher = Teacher(name, config["used_grid"], str(tmp_path / "weights.pth"))
     images = tensor(TEACHER_DATA, f"{case}/images_u8").permute(0, 3, 1, 2)
+    seen = []
+    teacher.model.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    teacher.model.norm.register_forward_hook(lambda _, args, out: seen.append(out))
     tokens = teacher(images.float() / 127.5 - 1)
     assert tokens.shape[1] == config["used_grid"] ** 2
     found = {"patch_tokens": tokens, "patch_tokens_first8": tokens[..., :8],
              "patch_tokens_mean": tokens.mean(-1), "patch_tokens_norm": tokens.norm(dim=-1)}
+    found |= {"preprocessed_slice": seen[0][:, :, ::8, ::8], "cls_token": seen[1][:, 0],
+              "pos_embed_resampled_first8": teacher.model.pos_embed[0, :, :8]}
     checked = 0
     for output in spec["outputs"]:
         if output in found:
@@ -54,13 +59,83 @@ def test_dinov2_tokens_are_those_of_repa(case, tmp_path):
             atol = FLOAT32 * max(1, float(wanted.abs().max()) / 4)  # a norm adds up the errors of its entries
             assert torch.allclose(found[output], wanted, atol=atol), output
             checked += 1
-    assert checked >= 2
+    assert checked == len(spec["outputs"])
     # In float64 the fixture took REPA's own float32 input, x / 255, and the float32 positions: ours, cast.
     x = (images.float() / 255 - teacher.mean) / teacher.std
     x = F.interpolate(x, size=(teacher.size, teacher.size), mode="bicubic", align_corners=False)
     exact = teacher.model.double().forward_features(x.double())[:, teacher.model.num_prefix_tokens:]
     wanted = tensor(TEACHER_DATA, f"{case}/patch_tokens_first8@f64")
     assert torch.allclose(exact[..., :8], wanted, atol=FLOAT64, rtol=FLOAT64)
+
+
+# Every family of the README's table: (timm name, patch, prefix tokens). Widths are real, one block deep.
+ZOO = [("vit_small_patch14_dinov2.lvd142m", 14, 1), ("vit_base_patch14_dinov2.lvd142m", 14, 1),
+       ("vit_large_patch14_dinov2.lvd142m", 14, 1), ("vit_giant_patch14_dinov2.lvd142m", 14, 1),
+       ("vit_small_patch14_reg4_dinov2.lvd142m", 14, 5), ("vit_base_patch14_reg4_dinov2.lvd142m", 14, 5),
+       ("vit_large_patch14_reg4_dinov2.lvd142m", 14, 5), ("vit_giant_patch14_reg4_dinov2.lvd142m", 14, 5),
+       ("vit_small_patch16_dinov3.lvd1689m", 16, 5), ("vit_base_patch16_dinov3.lvd1689m", 16, 5),
+       ("vit_large_patch16_dinov3.lvd1689m", 16, 5), ("vit_huge_plus_patch16_dinov3.lvd1689m", 16, 5),
+       ("vit_base_patch16_siglip_256.webli", 16, 0), ("vit_large_patch16_siglip_256.webli", 16, 0),
+       ("vit_so400m_patch14_siglip_224.webli", 14, 0), ("vit_base_patch16_clip_224.openai", 16, 1),
+       ("vit_large_patch14_clip_224.openai", 14, 1), ("vit_base_patch16_224.mae", 16, 1),
+       ("vit_large_patch16_224.mae", 16, 1), ("vit_huge_patch14_224.mae", 14, 1),
+       ("vit_huge_patch14_gap_224.in1k_ijepa", 14, 0), ("vit_giant_patch16_gap_224.in22k_ijepa", 16, 0)]
+RUN = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4", "vit_small_patch16_dinov3",  # one of each family
+       "vit_base_patch16_siglip", "vit_base_patch16_clip", "vit_base_patch16_224.mae", "vit_huge_patch14_gap")
+
+
+@pytest.mark.parametrize("name, patch, prefix", ZOO, ids=[name for name, *_ in ZOO])
+def test_every_teacher_has_the_grid_of_the_latent_from_64_to_512_pixels(name, patch, prefix, monkeypatch):
+    """On the meta device: shapes without the weights, through Teacher's own forward."""
+    import timm
+    create, built = timm.create_model, []
+
+    def meta(name, pretrained, device=None, pretrained_cfg_overlay=None, **kwargs):
+        built.append(create(name, pretrained=False, device="meta", depth=1, **kwargs))
+        return built[-1]
+    monkeypatch.setattr(timm, "create_model", meta)
+    for pixels in (64, 128, 256, 512):
+        teacher = Teacher(name, pixels // 16).to("meta")
+        assert teacher.model is built[-1] and teacher.model.num_prefix_tokens == prefix
+        assert teacher.size == patch * pixels // 16
+        tokens = teacher(torch.empty(2, 3, pixels, pixels, device="meta"))
+        assert tokens.shape == (2, (pixels // 16) ** 2, teacher.dim)
+    assert not isinstance(teacher.model.norm, torch.nn.Identity)  # the tokens are those after a final norm
+    with torch.device("meta"):  # its width is cut into heads of 64
+        assert Mapper(MapperConfig(32, 16, teacher.dim)).blocks[0].attn.num_heads == teacher.dim // 64
+
+
+@pytest.mark.parametrize("name, patch, prefix", [row for row in ZOO if row[0].startswith(RUN)],
+                         ids=[name for name, *_ in ZOO if name.startswith(RUN)])
+def test_teacher_tokens_equal_timms_own_forward(name, patch, prefix, monkeypatch, tmp_path):
+    """Random weights through a file of the published image size; one block, because huge ones are slow here.
+
+    By hand: timm's statistics, bicubic resize, the file's positions resampled by timm, prefix tokens off.
+    """
+    import timm
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, depth=1, **kwargs))
+    torch.manual_seed(0)
+    published = create(name, pretrained=False, depth=1, num_classes=0)
+    for key, parameter in published.named_parameters():  # norms and layer scales about 1
+        scale = parameter.ndim == 1 and key.endswith(("weight", "gamma"))
+        torch.nn.init.normal_(parameter, mean=float(scale), std=0.05)
+    torch.save(published.state_dict(), tmp_path / "weights.pth")
+    grid = 6
+    teacher = Teacher(name, grid, str(tmp_path / "weights.pth"))
+    model = create(name, pretrained=True, depth=1, num_classes=0, img_size=grid * patch,
+                   pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")}).eval()
+    cfg = timm.get_pretrained_cfg(name)
+    x = torch.rand(2, 3, 96, 96) * 2 - 1
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (cfg.mean, cfg.std))
+    x_theirs = F.interpolate(((x + 1) / 2 - mean) / std, size=(grid * patch,) * 2, mode="bicubic")
+    with torch.no_grad():
+        theirs = model.forward_intermediates(x_theirs, indices=1, norm=True, output_fmt="NLC",
+                                             intermediates_only=True)[-1]
+    tokens = teacher(x)
+    assert theirs.shape == (2, grid * grid, teacher.dim)
+    torch.testing.assert_close(tokens, theirs, atol=FLOAT32, rtol=1e-4)
+    assert float(tokens.std(dim=1).mean()) > 1e-2  # the tokens differ from place to place
 
 
 @pytest.mark.parametrize("pixels", [32, 64, 128, 192, 256, 384, 512])

@@ -1,18 +1,17 @@
-"""The autoencoder: published numbers (golden), posterior, sizes, checkpointing, loading of file layouts.
+"""The autoencoder: published numbers (golden), posterior, sizes, checkpointing. Files: test_weights.py.
 
     python -m pytest tests/test_vae.py        about 30 s on 2 cores, no network
 """
 import math
-from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import fill_by_name, prescribed, read_fixture, tensor
 from torch import nn
 
-import vae
-from vae import VAE, VAE_SIZES, Posterior, VAEConfig, from_diffusers, load_vae
+from vae import VAE, VAE_SIZES, Posterior, VAEConfig, config_from_diffusers
+from weights import from_diffusers, to_diffusers
 
 MANIFEST, ARCHIVE = read_fixture("vae")
 CASES = MANIFEST["cases"]
@@ -26,11 +25,7 @@ def config_of(case):
         ours = {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()
                 if key in VAEConfig.__dataclass_fields__}
         return VAEConfig(**ours)
-    widths = theirs["block_out_channels"]
-    attn = tuple(256 // 2 ** i for i, kind in enumerate(theirs["down_block_types"]) if "Attn" in kind)
-    return VAEConfig(ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), resolution=256,
-                     num_res_blocks=theirs["layers_per_block"], attn_resolutions=attn,
-                     z_channels=theirs["latent_channels"], norm_groups=theirs["norm_num_groups"])
+    return config_from_diffusers(theirs)
 
 
 def golden_vae(case):
@@ -87,6 +82,8 @@ def test_every_diffusers_key_maps_to_its_published_key(name):
     renamed = from_diffusers({theirs: torch.empty(shape, device="meta") for _, theirs, _, shape in rows})
     expected = {ours: shape for ours, _, shape, _ in rows}
     assert {key: list(value.shape) for key, value in renamed.items()} == expected
+    assert {key: list(value.shape) for key, value in to_diffusers(renamed).items()} == \
+        {theirs: shape for _, theirs, _, shape in rows}
 
 
 @pytest.mark.parametrize("size, tensors, params, encoder", [("f16d32", 342, 69_836_067, 28_413_248),
@@ -210,145 +207,3 @@ def test_wrong_inputs_name_what_was_seen_and_wanted():
             model.encode(torch.zeros(1, 1, 16, 16))
         with pytest.raises(ValueError, match=r"\(1, 8, 8, 8\).*\(B, 4, h, w\).*moments"):
             model.decode(torch.zeros(1, 8, 8, 8))
-
-
-# Loading
-
-@pytest.fixture()
-def small(monkeypatch):
-    """A small VAE of random weights whose architecture load_vae knows."""
-    monkeypatch.setitem(vae.VAE_SIZES, "small", SMALL)
-    torch.manual_seed(0)
-    return VAE(SMALL)
-
-
-def saved(path, content):
-    torch.save(content, path)
-    return path
-
-
-def same(model, state):
-    return model.state_dict().keys() == state.keys() and \
-        all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
-def test_our_checkpoint_loads_with_its_configuration_and_its_ema_if_any(tmp_path):
-    torch.manual_seed(0)
-    cfg = replace(SMALL, stem=2, z_channels=3, norm_groups=16)  # not one of VAE_SIZES
-    raw, ema = VAE(cfg), VAE(cfg)
-    content = {"format": "nanosendvae-vae", "step": 1, "model": raw.state_dict(), "ema": None,
-               "model_config": asdict(cfg), "args": {}}
-    found = load_vae(saved(tmp_path / "a.pt", content))
-    assert same(found, raw.state_dict()) and found.config == cfg and not found.training
-    assert all(p.requires_grad and p.device.type == "cpu" for p in found.parameters())
-    assert same(load_vae(saved(tmp_path / "b.pt", {**content, "ema": ema.state_dict()})), ema.state_dict())
-    del content["model"]["quant_conv.bias"]
-    with pytest.raises(ValueError, match="quant_conv.bias is missing"):
-        load_vae(saved(tmp_path / "c.pt", content))
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_bare_and_wrapped_state_dicts_load(tmp_path, small, prefix):
-    state = small.state_dict()
-    path = saved(tmp_path / "vae.pt", {prefix + key: value for key, value in state.items()})
-    found = load_vae(path)
-    assert same(found, state) and found.config == SMALL
-    x = torch.rand(1, 3, 16, 16) * 2 - 1
-    assert torch.equal(found.encode(x).mean, small.encode(x).mean)
-
-
-def test_a_va_vae_checkpoint_loads_without_its_training_parts(tmp_path, small):
-    state = small.state_dict()
-    extra = ("loss.logvar", "loss.discriminator.main.0.weight", "foundation_model.model.cls_token",
-             "linear_proj.weight")
-    content = {"state_dict": {**state, **{key: torch.zeros(2) for key in extra}}, "global_step": 7}
-    assert same(load_vae(saved(tmp_path / "vavae.ckpt", content)), state)
-    content["state_dict"]["surprise.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="surprise.weight is unexpected"):
-        load_vae(saved(tmp_path / "b.ckpt", content))
-
-
-def test_half_precision_and_other_latent_channels_load(tmp_path, small):
-    wide = VAE(replace(SMALL, z_channels=6, embed_dim=5)).half()
-    found = load_vae(saved(tmp_path / "wide.pt", wide.state_dict()))
-    assert found.config == replace(SMALL, z_channels=6, embed_dim=5)
-    assert same(found, wide.float().state_dict()) and found.quant_conv.weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-def test_diffusers_files_load_with_current_and_legacy_names(tmp_path, monkeypatch, suffix):
-    from safetensors.torch import save_file
-    case = min((case for case in CASES.values() if "block_out_channels" in case.get("config", {})),
-               key=lambda case: case["n_params"])
-    monkeypatch.setitem(vae.VAE_SIZES, "golden", config_of(case))
-    theirs = {key: torch.from_numpy(prescribed(rule, ARCHIVE, key))
-              for key, rule in MANIFEST["tensors"][case["tensors"]].items()}
-    legacy = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for names in ({}, legacy):
-        state = {}
-        for key, value in theirs.items():
-            for new, old in names.items():
-                key = key.replace(new, old)
-            state[key] = value
-        path = tmp_path / f"diffusion_pytorch_model{suffix}"
-        save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-        assert same(load_vae(path), golden_vae(case).state_dict())
-
-
-def test_a_hub_reference_is_fetched_or_explained(tmp_path, monkeypatch, small):
-    import huggingface_hub
-    path, asked = saved(tmp_path / "vae.pt", small.state_dict()), []
-
-    def offline(repo, file):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or str(path))
-    assert same(load_vae("hf://owner/repo/sub/vae.pt"), small.state_dict())
-    assert asked == [("owner/repo", "sub/vae.pt")]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(FileNotFoundError, match="hf://owner/repo/vae.pt.*network.*give its path"):
-        load_vae("hf://owner/repo/vae.pt")
-    with pytest.raises(ValueError, match="hf://owner/repo/file"):
-        load_vae("hf://repo/vae.pt")
-
-
-def write(path, data):
-    path.write_bytes(data)
-    return path
-
-
-FIRST = "encoder.conv_in.weight"
-TOKENS = {"x_embedder.proj.weight": torch.ones(1)}  # a SiT's key
-
-# what is wrong: (a function of a folder and a good state dict that writes the file, the message)
-BAD_FILES = {
-    "missing": (lambda dir, state: dir / "none.pt", "none.pt: no such file"),
-    "folder": (lambda dir, state: dir, "a folder, give the weight file in it"),
-    "empty": (lambda dir, state: write(dir / "a.pt", b""), "a.pt: the file is empty"),
-    "html": (lambda dir, state: write(dir / "a.pt", b"\n<!DOCTYPE html><html>Sign in"), "a.pt: a web page"),
-    "git lfs": (lambda dir, state: write(dir / "a.pt", b"version https://git-lfs.github.com/spec/v1"), "LFS"),
-    "text": (lambda dir, state: write(dir / "a.pt", b"these are no weights"), "damaged, cut off or no"),
-    "cut off": (lambda dir, state: write(dir / "b.pt", saved(dir / "a.pt", state).read_bytes()[:-5000]),
-                "b.pt: damaged"),
-    "safetensors": (lambda dir, state: write(dir / "a.safetensors", b"\x80\0\0\0\0\0\0\0{"), "damaged"),
-    "object": (lambda dir, state: saved(dir / "a.pt", {**state, "args": Namespace()}),
-               "holds a pickled argparse.Namespace"),
-    "list": (lambda dir, state: saved(dir / "a.pt", [1, 2]), "no VAE in it"),
-    "statistics": (lambda dir, state: saved(dir / "a.pt", {"latents_scale": torch.ones(1)}),
-                   "its keys are latents_scale: give the VAE's weight file"),
-    "SiT": (lambda dir, state: saved(dir / "a.pt", TOKENS), "SiT weights, for load_sit"),
-    "SiT checkpoint": (lambda dir, state: saved(dir / "a.pt", {"ema": TOKENS, "steps": 5}), "these are SiT"),
-    "our SiT": (lambda dir, state: saved(dir / "a.pt", {"format": "nanosendvae-sit", "model": TOKENS}),
-                "a nanosendvae-sit checkpoint, not a VAE"),
-    "gray images": (lambda dir, state: saved(dir / "a.pt", {**state, FIRST: torch.zeros(32, 1, 3, 3)}),
-                    r"from small.*encoder.conv_in.weight is \(32, 1, 3, 3\), not \(32, 3, 3, 3\)"),
-    "missing key": (lambda dir, state: saved(dir / "a.pt", {key: state[key] for key in list(state)[1:]}),
-                    "from small it differs in 1 tensors: encoder.conv_in.weight is missing"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_file_without_a_vae_is_one_clear_line(tmp_path, small, kind):
-    make, message = BAD_FILES[kind]
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        load_vae(make(tmp_path, small.state_dict()))
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

@@ -1,5 +1,8 @@
 """The report of ./quickstart.sh: plain VAE and Send-VAE side by side, as a table and as pictures.
 
+Both are fine-tunes of one pretrained VAE, for as many steps, without and with alignment (as in the paper,
+where Send-VAE is a fine-tune; there the VAE that it starts from stands beside it).
+
     python quickstart.py out/quickstart                 # writes report.md, reconstructions, samples, pca.png
     python quickstart.py out/seed0 out/seed1 out/seed2  # prints mean and standard deviation over runs
 
@@ -21,6 +24,7 @@ from vae import load_vae
 
 KINDS = ("plain", "send")
 SHOWN = 12  # images in the picture of reconstructions
+GUIDANCE = {"cfg1": "no guidance", "cfg2": "guidance 2"}  # folders of samples, in the order of gfid.json
 
 
 def parse_args(argv=None):
@@ -55,9 +59,11 @@ def measured(run) -> dict:
             "probe F1, flattened": vae["flat"]["macro_f1"],
             "probe F1, pooled": vae["pooled"]["macro_f1"],
             f"FD-judge of {rfid['n']} reconstructions": rfid["fd"],
-            f"FD-judge of {gfid['n']} samples": gfid["fd"],
-            "class accuracy of samples": gfid["class_accuracy"],
-            "seconds, VAE": seconds[f"{kind}-vae"],
+            **{f"FD-judge of {samples['n']} samples, {how}": samples["fd"]
+               for how, samples in zip(GUIDANCE.values(), gfid["sets"].values())},
+            **{f"class accuracy of samples, {how}": samples["class_accuracy"]
+               for how, samples in zip(GUIDANCE.values(), gfid["sets"].values())},
+            "seconds, VAE (fine-tune)": seconds[f"{kind}-vae"],
             "seconds, SiT": seconds[f"{kind}-sit"],
             "seconds, sampling": seconds[f"{kind}-sample"],
         }
@@ -100,7 +106,7 @@ def draw_pictures(run) -> None:
     data.save_grid(run / "pca.png", torch.cat([images, *map(enlarge, pca_rows)]), columns=SHOWN, scale=3)
     grids = []
     for kind in KINDS:
-        arrays = np.load(run / kind / "samples" / "samples.npz")
+        arrays = np.load(run / kind / "samples" / "cfg2" / "samples.npz")
         shown = min(8, int(np.bincount(arrays["arr_1"], minlength=val.num_classes).min()))
         per_class = [arrays["arr_0"][arrays["arr_1"] == k][:shown] for k in range(val.num_classes)]
         grids.append(np.stack(per_class))  # (classes, 8, H, W, 3)
@@ -123,8 +129,8 @@ def write_report(run) -> str:
     names = data.open_dataset("shapes", 32, split="val").class_names
     text = f"""# Quickstart report
 
-Plain VAE and Send-VAE (alignment to the shapes teacher), equal steps, seed, data; a SiT on the latents \
-of each.
+Plain VAE and Send-VAE: one pretrained VAE ({seconds['pretrain']} s), fine-tuned without and with alignment to
+the shapes teacher for as many steps, on the same data and seed; a SiT on the latents of each, for as many steps.
 The judge network, in whose features FD and class accuracy are measured, was trained by neither.
 
 {table}
@@ -133,7 +139,8 @@ Seconds of all stages: {sum(seconds.values())}.
 
 Reconstructions (original, plain VAE, Send-VAE): ![](reconstructions.png)
 
-Samples, one row per class ({", ".join(names)}); left plain VAE, right Send-VAE: ![](samples.png)
+Samples, guidance 2, one row per class ({", ".join(names)}); \
+left plain VAE, right Send-VAE: ![](samples.png)
 
 First three principal components as colour: image, latent of the plain VAE, latent of the Send-VAE, \
 mapper output,

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded data set, on a fresh machine, CPU or GPU, without any download but the packages:
-# plain VAE and Send-VAE with the same budget, latents, SiT on both, samples, probe, Frechet distance, report.
+# a VAE from scratch, fine-tuned with and without alignment for as many steps (Send-VAE is a fine-tune), latents,
+# a SiT on either, samples, probe, Frechet distance, report.
 #   ./quickstart.sh                               # writes out/quickstart/ ; run it again to continue after a stop
 #   SEED=1 OUT=out/quickstart1 ./quickstart.sh    # another seed
 set -euo pipefail
 cd "$(dirname "$0")"
 OUT="${OUT:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
-VAE_STEPS="${VAE_STEPS:-1500}" SIT_STEPS="${SIT_STEPS:-2400}" SAMPLES="${SAMPLES:-1000}"
+PRETRAIN_STEPS="${PRETRAIN_STEPS:-800}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-1800}"
+SAMPLES="${SAMPLES:-1000}"
 
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=.venv/bin/python
@@ -15,7 +17,7 @@ if [ -z "${PYTHON:-}" ]; then
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 mkdir -p "$OUT"
-settings="SEED=$SEED VAE_STEPS=$VAE_STEPS SIT_STEPS=$SIT_STEPS SAMPLES=$SAMPLES"
+settings="SEED=$SEED PRETRAIN_STEPS=$PRETRAIN_STEPS VAE_STEPS=$VAE_STEPS SIT_STEPS=$SIT_STEPS SAMPLES=$SAMPLES"
 if [ -f "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$settings" ]; then
   echo "error: $OUT was made with $(cat "$OUT/settings.txt"), this run has $settings; choose another OUT" >&2
   exit 2
@@ -35,21 +37,23 @@ stage() {
 }
 
 run="--seed $SEED --device $DEVICE"
-vae="--data shapes --vae tiny --init none --rec l2 --lpips 0 --gan 0 --batch-size 32 --steps $VAE_STEPS --lr 2e-3
-  --warmup 50 --cooldown 750 --eval-every 250 --save-every 250"
-sit="--model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 --warmup 100 --cooldown 800 --ema 0.99
+vae="--data shapes --vae tiny --rec l2 --lpips 0 --gan 0 --batch-size 32 --lr 2e-3 --warmup 50
+  --eval-every 400 --save-every 400"
+sit="--model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 --warmup 100 --cooldown 1000 --ema 0.99
   --t-sampling lognormal --sample-every 0 --save-every 500 --workers 0"
+stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS" $run --out "$OUT/pretrained"
 for kind in plain send; do
   dir="$OUT/$kind"
-  if [ $kind = send ]; then align="--align 0.12 --teacher shapes --projector-dim 256"; else align="--align 0"; fi
-  stage "$kind-vae"     train_vae.py $vae $align $run --out "$dir/vae"
+  if [ $kind = send ]; then align="--align 0.3 --teacher shapes --projector-dim 256"; else align="--align 0"; fi
+  stage "$kind-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1500 \
+    $run --out "$dir/vae"
   stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
   stage "$kind-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
   stage "$kind-sit"     train_sit.py --latents "$dir/latents" $sit $run --out "$dir/sit"
-  stage "$kind-sample"  sample.py --ckpt "$dir/sit" --cfg 2 --sampler euler --steps 50 --num "$SAMPLES" \
+  stage "$kind-sample"  sample.py --ckpt "$dir/sit" --sweep-cfg 1 2 --sampler euler --steps 50 --num "$SAMPLES" \
     --batch-size 250 --npz $run --out "$dir/samples"
-  stage "$kind-fid"     fid.py gfid shapes "$dir/samples/samples.npz" --features shapes --device "$DEVICE" \
-    --out "$dir/gfid.json"
+  stage "$kind-fid"     fid.py gfid shapes "$dir/samples/cfg1/samples.npz" "$dir/samples/cfg2/samples.npz" \
+    --features shapes --device "$DEVICE" --out "$dir/gfid.json"
 done
 stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" --out "$OUT/probe.json"
 "$PYTHON" quickstart.py "$OUT"

@@ -19,7 +19,8 @@ SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench"
 COMMANDS = SCRIPTS | {"vae", "sit"}  # these two export: python vae.py --export ...
 # data.py hands out the embedded set, mapper.py shares SiT's pieces, attributes.py reads images by data.py;
 # networks with published files read and write them through weights.py; vae.py and sit.py as commands report
-# errors through common.py; scripts import the library; fid.py and probe.py have library halves for the report.
+# errors through common.py; scripts import the library; fid.py and probe.py have library halves for the
+# report.
 LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit"), ("attributes", "data"), ("vae", "weights"),
                  ("sit", "weights"), ("losses", "weights"), ("vae", "common"), ("sit", "common")}
 SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid")}
@@ -94,7 +95,7 @@ def test_quickstart_commands_parse(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "quickstart.sh")], capture_output=True, text=True, check=True,
                           env={"PYTHON": "echo", "OUT": str(tmp_path), "PATH": "/usr/bin:/bin"})
     lines = [line for line in done.stdout.splitlines() if re.match(r"\w+\.py ", line)]
-    assert len(lines) == 14
+    assert len(lines) == 15
     for line in lines:
         script, *arguments = shlex.split(line)
         importlib.import_module(script[:-3]).parse_args(arguments)

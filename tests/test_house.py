@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes"}
+LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "metrics", "shapes"}
 SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
            "quickstart"}
 # data.py hands out the embedded set, mapper.py shares SiT's pieces; scripts import the library; fid.py and
@@ -99,7 +99,7 @@ def test_quickstart_commands_parse(tmp_path):
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_help_says_something_about_every_flag_and_a_wrong_one_is_an_error(script, capsys):
     module = importlib.import_module(script)
-    commands = (["gfid"], ["rfid"], ["stats"]) if script == "fid" else ([],)
+    commands = (["gfid"], ["rfid"], ["stats"], ["nearest"], ["again"]) if script == "fid" else ([],)
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             module.parse_args([*command, "-h"])

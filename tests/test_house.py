@@ -16,12 +16,12 @@ LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "metr
 SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
            "quickstart"}
 # data.py hands out the embedded set, mapper.py shares SiT's pieces; scripts import the library; fid.py and
-# probe.py have library halves for the report.
+# probe.py have library halves for the report and the benchmark.
 LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit")}
-SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid")}
+SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid"), ("bench", "fid")}
 RUNTIME = {"torch", "numpy", "timm", "PIL", "tqdm", "scipy"}
 FROM_TIMM = {"safetensors", "huggingface_hub"}  # come with timm; imported only where asked for
-BEHIND_A_FLAG = {"wandb"}
+BEHIND_A_FLAG = {"wandb", "pytorch_fid", "torch_fidelity"}
 FILES = sorted(ROOT.glob("*.py"))
 
 

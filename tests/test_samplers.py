@@ -4,7 +4,7 @@
 """
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -433,16 +433,15 @@ def test_a_sweep_of_guidance_scales_is_one_ordinary_run_per_scale(tmp_path):
     common.save_checkpoint(tmp_path / "vae.pt", save)
     config = vae.config
     channels, side = config.z_channels, 32 // vae.stride
-    model = random_model(SiTConfig(input_size=side, in_channels=channels, hidden_size=32, depth=2, num_heads=2,
-                                   num_classes=10))
+    model = random_model(replace(TINY, input_size=side, in_channels=channels))
     latents = {"vae": str(tmp_path / "vae.pt"), "vae_hash": common.state_hash(vae.state_dict()),
                "num_classes": 10, "class_names": [str(i) for i in range(10)], "channels": channels,
                "latent_size": [side, side], "mean": [0.0] * channels, "std": [1.0] * channels}
     common.save_checkpoint(tmp_path / "sit.pt", {
         "format": "nanosendvae-sit", "step": 1, "model": model.state_dict(), "ema": model.state_dict(),
         "model_config": asdict(model.config), "latents": latents, "args": {"label_dropout": 0.1}})
-    flags = ["--ckpt", str(tmp_path / "sit.pt"), "--num", "4", "--steps", "3", "--sampler", "euler", "--device",
-             "cpu", "--dtype", "fp32", "--npz"]
+    flags = ["--ckpt", str(tmp_path / "sit.pt"), "--num", "4", "--steps", "3", "--sampler", "euler",
+             "--device", "cpu", "--dtype", "fp32", "--npz"]
     sample.main([*flags, "--sweep-cfg", "1", "2.5", "--out", str(tmp_path / "sweep")])
     sample.main([*flags, "--cfg", "2.5", "--out", str(tmp_path / "one")])
     assert sorted(folder.name for folder in (tmp_path / "sweep").iterdir()) == ["cfg1", "cfg2.5"]
@@ -450,5 +449,6 @@ def test_a_sweep_of_guidance_scales_is_one_ordinary_run_per_scale(tmp_path):
               ("sweep/cfg1", "sweep/cfg2.5", "one")}
     assert (images["sweep/cfg2.5"] == images["one"]).all()
     assert (images["sweep/cfg1"] != images["one"]).any()
-    protocols = [json.loads((tmp_path / name / "protocol.json").read_text()) for name in ("sweep/cfg2.5", "one")]
+    protocols = [json.loads((tmp_path / name / "protocol.json").read_text())
+                 for name in ("sweep/cfg2.5", "one")]
     assert {key for key in protocols[1] if protocols[0][key] != protocols[1][key]} == {"out"}

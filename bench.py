@@ -50,8 +50,8 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=32, help="images per step on this device")
     add("--iters", type=int, default=10, help="timed steps (after 3 to warm up)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--against", action="store_true", help="beside pytorch-fid and torch-fidelity, if installed: same images, "
-        "weights, moments; on the CPU; minutes")
+    add("--against", action="store_true", help="beside pytorch-fid and torch-fidelity, if installed: same "
+        "images, weights, moments; on the CPU; minutes")
     common.add_run_flags(parser)
     return parser.parse_args(argv)
 

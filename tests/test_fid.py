@@ -538,6 +538,12 @@ class Identity:
         return z
 
 
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """An embedded set of which the judge sees all in a second."""
+    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 1000, "val": 400})
+
+
 @pytest.fixture(scope="module")
 def judge():
     return fid.load_extractor("shapes")
@@ -624,7 +630,7 @@ def test_several_sets_of_samples_make_one_table(small_set, capsys):
         paths.append(str(folder / scale / "samples.npz"))
     many = fid.main(["gfid", "shapes", *paths, *JUDGE, "--out", str(folder / "many.json")])
     lines = capsys.readouterr().out.splitlines()
-    start = lines.index("FD-judge vs shapes-val-4000")
+    start = lines.index("FD-judge vs shapes-val-400")
     assert lines[start + 1].split()[:3] == ["samples", "n", "fd"]
     single = fid.main(["gfid", "shapes", paths[1], *JUDGE, "--out", str(folder / "single.json")])
     for line, path, n in zip(lines[start + 2:], paths, (200, 150)):
@@ -653,11 +659,10 @@ def test_a_protocol_measured_again_gives_the_same_numbers_or_says_what_is_anothe
         fid.main(["again", str(folder / "other.json")])
 
 
-def test_nearest_finds_planted_copies_names_their_share_and_draws_them(small_set, capsys, monkeypatch):
+def test_nearest_finds_planted_copies_names_their_share_and_draws_them(small_set, capsys):
     folder, _ = small_set
-    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 3000, "val": 500})
     train, unseen = data.open_dataset("shapes", 32, "train"), data.Shapes(100, 77, "val")
-    noisy = train.images[1000:1040].astype(int) + np.random.default_rng(0).integers(-3, 4, (40, 32, 32, 3))
+    noisy = train.images[900:940].astype(int) + np.random.default_rng(0).integers(-3, 4, (40, 32, 32, 3))
     copies = np.concatenate([noisy.clip(0, 255).astype(np.uint8), unseen.images[:60]])
     shares = {}
     for name, images in (("copied", copies), ("unseen", unseen.images)):
@@ -665,11 +670,11 @@ def test_nearest_finds_planted_copies_names_their_share_and_draws_them(small_set
         result = fid.main(["nearest", "shapes", str(folder / f"{name}.npz"), *JUDGE, "--batch-size", "500",
                            "--out", str(folder / f"{name}.json")])
         shares[name] = result["closer"]
-        assert re.search(rf"^nearest-100 vs shapes-train-3000: {result['closer']:.1%} of the samples .*; of "
+        assert re.search(rf"^nearest-100 vs shapes-train-1000: {result['closer']:.1%} of the samples .*; of "
                          rf"held-out images {result['heldout_closer']:.1%}$", capsys.readouterr().out, re.M)
     assert abs(shares["unseen"] - result["heldout_closer"]) < 4 * 0.5 / 10
     assert shares["copied"] == pytest.approx(0.4 + 0.6 * shares["unseen"], abs=0.1)
-    assert result["train_n"] == 3000 and result["heldout_n"] == 500 and result["train"]["split"] == "train"
+    assert result["train_n"] == 1000 and result["heldout_n"] == 400 and result["train"]["split"] == "train"
     picture = np.asarray(Image.open(folder / "copied.png"))[::2, ::2].reshape(10, 32, 6, 32, 3).swapaxes(1, 2)
     for sample, gap, first, *_ in picture:  # each row: a planted copy, white, the image that it copies, ...
         assert abs(sample.astype(int) - first).max() <= 3 and (gap == 255).all()
@@ -758,7 +763,7 @@ def test_a_reference_that_says_nothing_is_used_with_a_warning(small_set, capsys)
     folder, _ = small_set
     fid.main(["stats", "shapes", *JUDGE, "--out", str(folder / "ours.npz")])
     ours = fid.FeatureStats.load(folder / "ours.npz")
-    assert {"crop", "split", "weights", "resize", "extractor", "pixels"} <= {*ours.meta} and ours.n == 4000
+    assert {"crop", "split", "weights", "resize", "extractor", "pixels"} <= {*ours.meta} and ours.n == 400
     np.savez(folder / "plain.npz", mu=ours.mean(), sigma=ours.cov())  # as pytorch-fid's
     results = [fid.main(["gfid", str(folder / f"{name}.npz"), str(folder / "samples.npz"), *JUDGE, "--out",
                          str(folder / f"{name}.json")]) for name in ("ours", "plain")]
@@ -768,7 +773,7 @@ def test_a_reference_that_says_nothing_is_used_with_a_warning(small_set, capsys)
     with pytest.raises(ValueError, match="does not say of how many images"):
         fid.main(["gfid", str(folder / "ours.npz"), str(folder / "plain.npz"), *JUDGE])
     swapped = fid.main(["gfid", "shapes", str(folder / "ours.npz"), *JUDGE, "--out", str(folder / "s.json")])
-    assert abs(swapped["fd"]) < 1e-3 and swapped["n"] == 4000  # statistics may also stand for samples
+    assert abs(swapped["fd"]) < 1e-3 and swapped["n"] == 400  # statistics may also stand for samples
 
 
 @pytest.mark.parametrize("flags, wanted", [

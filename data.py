@@ -15,10 +15,12 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import signal
 import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +220,79 @@ class ImageFolder:
         if self.num_corrupt > max(1, min(len(self), max(seen, 1000)) // 100):
             raise ValueError(f"{self.root}: {self.num_corrupt} of {seen} images are corrupt (last: "
                              f"{self.files[index]}), want 1 % or less; repair or remove them")
+
+
+class _Inflated:
+    """An array (N, ...) in a compressed npz file: [indices] decompresses up to there, in constant memory."""
+
+    def __init__(self, path, name, header, dtype, shape):
+        self.member, self.header = zipfile.ZipFile(path).open(name), header
+        self.dtype, self.shape, self.ndim = dtype, shape, len(shape)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, indices):
+        size, out = math.prod(self.shape[1:]) * self.dtype.itemsize, []
+        for i in indices:  # seeking backwards starts anew: in ascending order each byte is read once
+            self.member.seek(self.header + int(i) * size)
+            out.append(np.frombuffer(self.member.read(size), self.dtype).reshape(self.shape[1:]))
+        return np.stack(out)
+
+
+def _map_npz(path, name: str):
+    """Return array `name` of an npz file without reading it: as np.savez stores it, mapped into memory."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(name + ".npy")
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read[version](member)
+            header = member.tell()
+    if fortran:
+        raise ValueError(f"{path}: {name} is stored column by column; save np.ascontiguousarray of it")
+    if info.compress_type != zipfile.ZIP_STORED:
+        return _Inflated(path, info, header, dtype, shape)
+    with open(path, "rb") as file:  # zip's local header: 30 bytes, then name and extra field
+        file.seek(info.header_offset + 26)
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    return np.memmap(path, dtype, "r", start + header, shape)
+
+
+def open_arrays(path):
+    """Return np.load's archive of an npz file, or the mapped array of an npy file; ValueError if broken."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole npz or npy file ({error}); write it again") from error
+
+
+class ArrayImages:
+    """The images of an npz or npy file as a data set: uint8 (N, H, W, 3), read when asked for, not before."""
+
+    def __init__(self, path):
+        file, labels = open_arrays(path), None
+        if isinstance(file, np.ndarray):
+            self.images = file
+        elif "arr_0" in file.files:
+            self.images, labels = _map_npz(path, "arr_0"), file["arr_1"] if "arr_1" in file.files else None
+        else:
+            raise ValueError(f"{path} has {', '.join(file.files)}; want images: arr_0, as of sample.py --npz")
+        shape, dtype = tuple(self.images.shape), self.images.dtype
+        if len(shape) != 4 or dtype != np.uint8 or shape[3] != 3:
+            raise ValueError(f"{path}: images are {dtype} {shape}; want uint8 (N, H, W, 3)")
+        self.labels = np.full(shape[0], -1) if labels is None else labels
+        if self.labels.shape != shape[:1]:
+            raise ValueError(f"{path}: {shape[0]} images, but labels arr_1 {self.labels.shape}")
+        self.image_size, self.name = shape[1], Path(path).stem
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        rows = np.asarray(indices)
+        images = torch.from_numpy(np.ascontiguousarray(self.images[rows]))
+        return images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[rows])
 
 
 def open_dataset(data: str, size: int, split: str = "train", val: str | None = None, seed: int = 0):

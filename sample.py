@@ -1,9 +1,10 @@
-"""Draw samples: the newest SiT of out/sit and the VAE of its latents -> samples/grid.png (and samples.npz for
-FID).
+"""Draw samples: newest SiT of out/sit and VAE of its latents -> samples/grid.png (and samples.npz for FID).
 
     python sample.py --cfg 1.5                                             # a picture
     torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num-images 50000 --npz
     python sample.py --ckpt SiT-XL-2-256.pt --vae sdvae-f8d4.pt --latent-stats 0.18215    # published files
+    python sample.py --sweep-cfg 1 1.25 1.5 2 2.5 --num 5000 --npz  # samples/cfg1, samples/cfg1.25, ...
+    python fid.py gfid REF samples/cfg*/samples.npz  # their table
 
 Image i is a function of (seed, i) alone: not of batch size, number of processes or --num. Beside the samples,
 protocol.json says all that they depend on.
@@ -43,6 +44,8 @@ def parse_args(argv=None):
         "latents through the statistics, compare with vae(x); DATA defaults to the images encoded")
     add = parser.add_argument_group("sampling").add_argument
     add("--cfg", type=float, default=1.0, help="guidance scale, all channels; 1 = off")
+    add("--sweep-cfg", type=float, nargs="+", default=None, metavar="SCALE",
+        help="instead of --cfg: one run per scale, each in its folder cfg<scale> below --out")
     add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
         help="noise times with guidance, inclusive (1 = pure noise); the paper's runs: 0 0.75")
     add("--sampler", default="sde", choices=SAMPLERS, help="sde: Euler-Maruyama; euler, heun: the ODE")
@@ -271,7 +274,13 @@ def main(argv=None):
     args = parse_args(argv)
     if args.steps < 1 or args.num < 0 or args.batch_size < 1:
         raise ValueError("--steps and --batch-size must be at least 1, --num at least 0")
-    return sample(args, common.setup(args.device))
+    proc, scales = common.setup(args.device), args.sweep_cfg
+    if scales is None:
+        return sample(args, proc)
+    for scale in scales:  # each exactly the run of --cfg SCALE --out OUT/cfgSCALE
+        sample(argparse.Namespace(**vars(args) | {
+            "cfg": scale, "sweep_cfg": None, "out": f"{args.out}/cfg{scale:g}"}), proc)
+    return args.out
 
 
 if __name__ == "__main__":

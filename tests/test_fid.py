@@ -2,10 +2,14 @@
 
     pytest tests/test_fid.py          about 25 s on 2 CPU cores, half of it Inception at 299 px
 """
+import copy
+import hashlib
 import json
 import re
 import subprocess
 import sys
+import tracemalloc
+import urllib.error
 from dataclasses import asdict
 
 import numpy as np
@@ -18,6 +22,8 @@ import common
 import data
 import features
 import fid
+import losses
+import metrics
 from vae import VAE, VAE_SIZES
 
 METRICS, NUMBERS = read_fixture("metrics")
@@ -123,9 +129,11 @@ def inception():
 
 
 @pytest.mark.parametrize("name, kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inception_activations_equal_the_published_ports(name, kind, dtype, inception):
+@pytest.mark.parametrize("variant", ["fp32", "fp64", "fused"])
+def test_inception_activations_equal_the_published_ports(name, kind, variant, inception):
+    dtype = torch.float64 if variant == "fp64" else torch.float32
     net = inception(INCEPTION["cases"][name]["tensors"]).to(dtype)
+    net = features.fuse(copy.deepcopy(net)) if variant == "fused" else net
     net.resize = kind.replace("_", "-")
     with torch.no_grad():
         images = tensor(ACTIVATIONS, f"{name}/images_u8").permute(0, 3, 1, 2)
@@ -159,11 +167,39 @@ def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(t
         features.load_inception(tmp_path / "short.pth")
     with pytest.raises(FileNotFoundError, match="absent.pth.*6726825d.*https://.*--inception"):
         features.load_inception(tmp_path / "absent.pth")
+    torch.save(net.state_dict(), tmp_path / "weights.pth")  # with counters, and torch's notes of versions
+    metas = [fid.load_extractor("inception", tmp_path / f"{name}.pth").meta for name in ("weights", "copy")
+             if name == "weights" or torch.save(state, tmp_path / "copy.pth") is None]
+    assert metas[0] == metas[1]  # the values are hashed, not the file
+
+
+def test_inception_weights_are_fetched_once_into_the_cache_and_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    published, target = tmp_path / "elsewhere.pth", tmp_path / "checkpoints" / features.INCEPTION_FILE
+    published.write_bytes(b"weights")
+    monkeypatch.setattr(features, "INCEPTION_URL", published.as_uri())
+    with pytest.raises(FileNotFoundError, match="not fetched.*invalid hash"):  # its sha256 is not 6726825d
+        features.find_inception()
+    assert not target.exists()
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest()[:8])
+    assert features.find_inception() == target and target.read_bytes() == b"weights"
+    published.unlink()
+    assert features.find_inception() == target  # from the cache
+    target.write_bytes(b"wei")
+    with pytest.raises(ValueError, match="sha256 .* fetch it again"):
+        features.find_inception()
+    target.rename(target.with_name(features.INCEPTION_FILES[1]))  # torch-fidelity's name: its sha256 is open
+    assert features.find_inception().name.startswith("weights-inception")
+    assert "comparable only to those by the same weights" in capsys.readouterr().err
 
 
 def test_without_inception_weights_there_is_an_error_not_a_random_network(tmp_path, monkeypatch):
+    def offline(*_):
+        raise urllib.error.URLError("no network")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="pt_inception-2015-12-05-6726825d.pth"):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(FileNotFoundError, match="pt_inception-2015-12-05-6726825d.pth.*not fetched.*sha256 "
+                       "begins with 6726825d.*github.com/mseitzer.*--inception FILE"):
         fid.main(["gfid", "shapes", "shapes", "--device", "cpu"])
 
 
@@ -201,6 +237,18 @@ def test_frechet_distance_is_symmetric_and_zero_for_equal_sets_also_below_full_r
     assert distance(full, short) == pytest.approx(distance(short, full), rel=1e-6)
     assert np.isfinite(distance(full, short)) and distance(full, short) > 0
     assert abs(distance(full, full)) < 1e-3 and abs(distance(short, short)) < 1e-3
+
+
+def test_square_root_of_full_and_of_deficient_rank_gives_the_matrix_back():
+    full = torch.from_numpy(random_covariance(40, 20))
+    x = torch.from_numpy(gaussian(15, 40, 21))
+    for sigma, rank in ((full, 40), (torch.cov(x.T), 14), (torch.cov(x.T) + 1e-13 * full, 40)):
+        root = metrics.square_root(sigma)
+        torch.testing.assert_close(root @ root.T, sigma, atol=1e-12, rtol=1e-9)
+        assert root.shape[1] <= rank
+    with_cholesky = distance(stats_of(gaussian(400, 30, 22)), stats_of(gaussian(20, 30, 23)))
+    with_eigenvectors = distance(stats_of(gaussian(20, 30, 23)), stats_of(gaussian(400, 30, 22)))
+    assert with_cholesky == pytest.approx(with_eigenvectors, rel=1e-6)
 
 
 def test_constant_features_have_the_squared_distance_of_the_means():
@@ -251,12 +299,15 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, common, fid
 proc = common.setup("cpu")
-mine = slice(0, 8) if proc.main else slice(8, 20)
-stats = fid.FeatureStats(keep_every=2)
-stats.update({{"features": torch.arange(60.).view(20, 3).sin()[mine], "labels": torch.arange(20)[mine]}})
+mine = slice(0, 7) if proc.main else slice(7, 20)
+stats, rows = fid.FeatureStats(keep_every=2), torch.arange(20)
+images = torch.arange(20 * 48).view(20, 3, 4, 4).to(torch.uint8)
+stats.update({{"features": torch.arange(60.).view(20, 3).sin()[mine], "labels": rows[mine]}}, images[mine],
+             rows[mine])
 stats.all_reduce()
-assert stats.rows["labels"].tolist() == list(range(20)), stats.rows
+stats.meta["pixels"] = stats.pixels
 if proc.main:
+    assert stats.rows["labels"].tolist() == list(range(20)), stats.rows
     stats.save({str(tmp_path / "two.npz")!r})
 common.finish()
 """)
@@ -269,6 +320,28 @@ common.finish()
     np.testing.assert_allclose(two.mean(), one.mean(), rtol=1e-12)
     np.testing.assert_allclose(two.cov(), one.cov(), rtol=1e-12)
     assert torch.equal(two.rows["features"], x[::2])
+    again, images = fid.FeatureStats(), torch.arange(20 * 48).view(20, 3, 4, 4).to(torch.uint8)
+    for i in torch.randperm(20):  # in any order, and as NHWC in memory
+        again.update(x[i][None], images[i][None].contiguous(memory_format=torch.channels_last))
+    assert again.pixels == two.meta["pixels"]
+    images[3, 0, 0, 0] += 1
+    other = fid.FeatureStats()
+    other.update(x, images)
+    assert other.pixels != again.pixels
+
+
+def test_two_processes_measure_what_one_does(small_set):
+    folder, _ = small_set
+    command = ["gfid", str(folder / "pictures"), str(folder / "samples.npz"), *JUDGE, "--workers", "0"]
+    one = fid.main([*command, "--batch-size", "37", "--out", str(folder / "one.json")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(ROOT / "fid.py"), *command, "--out", str(folder / "two.json")],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("vs pictures-300") == 1
+    two = json.loads((folder / "two.json").read_text())
+    assert two["processes"] == 2
+    assert not [*fid.differences(json.loads(json.dumps(one)), two, 1e-5)]
 
 
 def test_statistics_survive_a_file(tmp_path):
@@ -310,6 +383,52 @@ def test_adm_reference_is_compared_without_its_number_of_images(tmp_path):
         fid.gfid(reference, samples)
 
 
+# sets of images in files
+
+def write_arrays(folder, images, labels):
+    """The same images in every accepted container: {name: path}."""
+    np.savez(folder / "stored.npz", images, labels)
+    np.savez_compressed(folder / "deflated.npz", images, labels)
+    np.save(folder / "array.npy", images)
+    return [folder / name for name in ("stored.npz", "deflated.npz", "array.npy")]
+
+
+def test_arrays_of_images_are_read_as_needed_and_alike_from_every_container(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (400, 64, 64, 3), dtype=np.uint8)  # 4.9 MB
+    for path in write_arrays(tmp_path, images, np.arange(400)):
+        tracemalloc.start()
+        dataset = data.ArrayImages(path)
+        found = [batch[:2] for batch in data.eval_loader(dataset, 16)]
+        kept = sum(x.numel() for x, _ in found)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < kept + 1e6, f"{path.name}: {peak} bytes for batches of {kept}"
+        assert (torch.cat([x for x, _ in found]).permute(0, 2, 3, 1).numpy() == images).all()
+        assert torch.cat([y for _, y in found]).tolist() == ([-1] * 400 if path.suffix == ".npy" else
+                                                             [*range(400)])
+        assert (dataset.__getitems__([7, 3])[0][1].permute(1, 2, 0).numpy() == images[3]).all()
+        assert dataset.image_size == 64 and len(dataset) == 400
+
+
+def test_damaged_and_foreign_arrays_are_named(tmp_path):
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    stored = write_arrays(tmp_path, images, np.arange(5))[0]
+    (tmp_path / "cut.npz").write_bytes(stored.read_bytes()[:-300])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "array.npy").read_bytes()[:-300])
+    for name in ("cut.npz", "empty.npz", "cut.npy"):
+        with pytest.raises(ValueError, match=f"{name}: not a whole npz or npy file"):
+            data.ArrayImages(tmp_path / name)
+    for array, message in ((images.astype(np.float32), "images are float32"), (images[..., :1], "8, 8, 1"),
+                           (np.asfortranarray(images), "column by column")):
+        np.savez(tmp_path / "other.npz", array)
+        with pytest.raises(ValueError, match=message):
+            data.ArrayImages(tmp_path / "other.npz")
+    np.savez(tmp_path / "other.npz", images, np.arange(4))
+    with pytest.raises(ValueError, match=r"5 images, but labels arr_1 \(4,\)"):
+        data.ArrayImages(tmp_path / "other.npz")
+
+
 # nearest neighbours, by brute force
 
 def brute_precision_recall(ref, sample, k):
@@ -338,6 +457,29 @@ def test_equal_sets_have_precision_and_recall_one_and_far_sets_zero():
     assert fid.precision_recall(same, same) == (1, 1)  # radius 0: the ball holds its border
     with pytest.raises(ValueError, match="more than 3"):
         fid.precision_recall(x[:3], x)
+
+
+@pytest.mark.parametrize("block", [4, 1000])
+def test_nearest_rows_equal_brute_force_and_find_planted_copies(block):
+    train, points = gaussian(30, 5, 24), gaussian(20, 5, 25)
+    points[:8] = train[10:18] + 1e-3
+    squares = ((points[:, None] - train) ** 2).sum(2)
+    found, indices = metrics.nearest(torch.from_numpy(points), torch.from_numpy(train), 3, block)
+    np.testing.assert_allclose(found, np.sort(squares, 1)[:, :3], atol=1e-12)
+    assert (indices.numpy() == np.argsort(squares, 1)[:, :3]).all()
+    own = ((train[:, None] - train) ** 2).sum(2) + 1e9 * np.eye(30)
+    expected = np.sqrt(squares.min(1) / own.min(1)[squares.argmin(1)])
+    ratio, indices = metrics.closer_than_training(torch.from_numpy(train), torch.from_numpy(points), k=2)
+    np.testing.assert_allclose(ratio, expected, rtol=1e-6)
+    assert (ratio[:8] < 0.01).all() and indices[:8, 0].tolist() == [*range(10, 18)]
+    exact = metrics.closer_than_training(torch.from_numpy(train), torch.from_numpy(train))[0]
+    assert (exact < 1e-6).all()
+
+
+def test_about_half_of_unseen_points_are_closer_to_training_than_training_is_to_itself():
+    train, unseen = (torch.from_numpy(gaussian(1500, 6, seed)) for seed in (26, 27))
+    share = (metrics.closer_than_training(train, unseen)[0] < 1).double().mean()
+    assert 0.4 < share < 0.6
 
 
 def test_kernel_distance_is_unbiased_and_grows_with_the_shift():
@@ -394,6 +536,12 @@ class Identity:
     @staticmethod
     def decode(z):
         return z
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """An embedded set of which the judge sees all in a second."""
+    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 1000, "val": 400})
 
 
 @pytest.fixture(scope="module")
@@ -467,8 +615,69 @@ def test_gfid_prints_n_and_reference_and_writes_its_protocol(small_set, capsys):
     assert "warning" not in text  # 300 images > 128 features
     protocol = json.loads((folder / "gfid.json").read_text())
     assert protocol["fd"] == result["fd"] and protocol["n"] == 300 and protocol["class_accuracy"] > 0.97
-    assert protocol["reference"]["extractor"] == "shapes" and "samples.npz" in protocol["args"]["samples"]
-    assert {"precision", "recall", "kid", "title", "versions"} <= {*protocol}
+    assert "samples.npz" in protocol["args"]["samples"][0]
+    assert {"precision", "recall", "kid", "title", "versions", "settings", "device"} <= {*protocol}
+    assert {"extractor", "weights", "resize", "crop", "image_size", "pixels"} <= {*protocol["reference"]}
+    assert protocol["reference"]["split"] == "val" and protocol["samples"]["crop"] == "none"
+
+
+def test_several_sets_of_samples_make_one_table(small_set, capsys):
+    folder, shapes = small_set
+    paths = []
+    for scale, n in (("cfg1", 200), ("cfg2.5", 150)):
+        data.save_npz(folder / scale / "samples.npz", shapes.images[:n], shapes.labels[:n])
+        (folder / scale / "protocol.json").write_text(json.dumps({"cfg": float(scale[3:])}))
+        paths.append(str(folder / scale / "samples.npz"))
+    many = fid.main(["gfid", "shapes", *paths, *JUDGE, "--out", str(folder / "many.json")])
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("FD-judge vs shapes-val-400")
+    assert lines[start + 1].split()[:3] == ["samples", "n", "fd"]
+    single = fid.main(["gfid", "shapes", paths[1], *JUDGE, "--out", str(folder / "single.json")])
+    for line, path, n in zip(lines[start + 2:], paths, (200, 150)):
+        assert line.split()[:3] == [path, str(n), f"{many['sets'][path]['fd']:.4f}"]
+    row = many["sets"][paths[1]]
+    assert {key: row[key] for key in ("fd", "kid", "n", "precision")} == \
+        {key: single[key] for key in ("fd", "kid", "n", "precision")}
+    assert row["samples"]["sampling"] == {"cfg": 2.5}
+
+
+def test_a_protocol_measured_again_gives_the_same_numbers_or_says_what_is_another(small_set, capsys):
+    folder, shapes = small_set
+    data.save_npz(folder / "mine.npz", shapes.images[:200], shapes.labels[:200])
+    command = ["gfid", str(folder / "pictures"), str(folder / "mine.npz"), *JUDGE, "--workers", "0",
+               "--image-size", "32", "--out", str(folder / "first.json")]
+    first = fid.main(command)
+    fid.main(["again", str(folder / "first.json"), "--rtol", "0"])
+    assert "all numbers of" in capsys.readouterr().out
+    second = json.loads((folder / "first.again.json").read_text())
+    assert {key: second[key] for key in first} == json.loads(json.dumps(first))
+    data.save_npz(folder / "mine.npz", shapes.images[100:], shapes.labels[100:])
+    with pytest.raises(ValueError, match="first.json: other numbers: fd was .* samples.pixels was"):
+        fid.main(["again", str(folder / "first.json")])
+    (folder / "other.json").write_text('{"args": {"command": "stats"}}')
+    with pytest.raises(ValueError, match="other.json: no JSON of fid.py gfid"):
+        fid.main(["again", str(folder / "other.json")])
+
+
+def test_nearest_finds_planted_copies_names_their_share_and_draws_them(small_set, capsys):
+    folder, _ = small_set
+    train, unseen = data.open_dataset("shapes", 32, "train"), data.Shapes(100, 77, "val")
+    noisy = train.images[900:940].astype(int) + np.random.default_rng(0).integers(-3, 4, (40, 32, 32, 3))
+    copies = np.concatenate([noisy.clip(0, 255).astype(np.uint8), unseen.images[:60]])
+    shares = {}
+    for name, images in (("copied", copies), ("unseen", unseen.images)):
+        data.save_npz(folder / f"{name}.npz", images, np.zeros(len(images), int))
+        result = fid.main(["nearest", "shapes", str(folder / f"{name}.npz"), *JUDGE, "--batch-size", "500",
+                           "--out", str(folder / f"{name}.json")])
+        shares[name] = result["closer"]
+        assert re.search(rf"^nearest-100 vs shapes-train-1000: {result['closer']:.1%} of the samples .*; of "
+                         rf"held-out images {result['heldout_closer']:.1%}$", capsys.readouterr().out, re.M)
+    assert abs(shares["unseen"] - result["heldout_closer"]) < 4 * 0.5 / 10
+    assert shares["copied"] == pytest.approx(0.4 + 0.6 * shares["unseen"], abs=0.1)
+    assert result["train_n"] == 1000 and result["heldout_n"] == 400 and result["train"]["split"] == "train"
+    picture = np.asarray(Image.open(folder / "copied.png"))[::2, ::2].reshape(10, 32, 6, 32, 3).swapaxes(1, 2)
+    for sample, gap, first, *_ in picture:  # each row: a planted copy, white, the image that it copies, ...
+        assert abs(sample.astype(int) - first).max() <= 3 and (gap == 255).all()
 
 
 def test_statistics_of_a_folder_are_a_reference_at_distance_zero_of_it(small_set, capsys):
@@ -515,10 +724,78 @@ def test_rfid_command_reports_psnr_ssim_and_the_originals(small_set, capsys):
     mse = (data.to_uint8(x_hat).double() - data.to_uint8(x).double()).square().mean((1, 2, 3))
     assert result["psnr_db"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-4)
     assert json.loads((folder / "rfid.json").read_text())["vae_hash"] == common.state_hash(vae.state_dict())
-    with pytest.raises(ValueError, match="want images"):  # a gFID reference is no set of originals
-        stats = stats_of(gaussian(9, 4, 0))
-        stats.save(folder / "mu.npz")
-        fid.main(["rfid", str(folder / "mu.npz"), "--vae", str(folder / "vae"), *JUDGE])
+    assert "lpips" not in result and "split unknown" in text
+    torch.save(losses.LPIPS("random").features.state_dict(prefix="features."), folder / "vgg16.pth")
+    few = folder / "test" / "few.npy"
+    few.parent.mkdir()
+    np.save(few, data.Shapes(20, 5, "train").images)
+    result = fid.main(["rfid", str(few), "--vae", str(folder / "vae"), *JUDGE, "--lpips-weights",
+                       str(folder / "vgg16.pth"), "--out", str(folder / "lpips.json")])
+    with torch.no_grad():
+        expected = losses.LPIPS(folder / "vgg16.pth")(x[:20], x_hat[:20]).mean().item()
+    assert result["lpips"] == pytest.approx(expected, rel=1e-4) and result["lpips_hash"]
+    assert re.search(r"^rFD-judge-20 vs originals of few, split test +[\d.]+$", capsys.readouterr().out, re.M)
+    fid.main(["again", str(folder / "lpips.json"), "--rtol", "0"])
+
+
+def test_a_gfid_reference_is_refused_by_rfid_with_or_without_images(small_set):
+    folder, shapes = small_set
+    stats = stats_of(gaussian(9, 4, 0))
+    stats.meta = {"name": "imagenet", "split": "train"}
+    stats.save(folder / "mu.npz")
+    np.savez(folder / "adm.npz", mu=stats.mean(), sigma=stats.cov(), arr_0=shapes.images[:20])
+    for name, whose in (("mu", "imagenet, split train"), ("adm", "adm, split unknown")):
+        with pytest.raises(ValueError, match=f"statistics of {whose}.*a reference for gfid.*give the images"):
+            fid.main(["rfid", str(folder / f"{name}.npz"), "--vae", "none", *JUDGE])
+
+
+def test_another_measurement_is_refused_before_any_image_is_measured(small_set, monkeypatch):
+    folder, _ = small_set
+    stats = stats_of(gaussian(9, 128, 0))
+    stats.meta = {"name": "theirs", "extractor": "inception", "resize": "tf1"}
+    stats.save(folder / "theirs.npz")
+    monkeypatch.setattr(fid, "measure", None)  # would be called
+    with pytest.raises(ValueError, match="extractor differs: theirs has inception, .*samples.npz has shapes"):
+        fid.main(["gfid", str(folder / "theirs.npz"), str(folder / "samples.npz"), *JUDGE])
+
+
+def test_a_reference_that_says_nothing_is_used_with_a_warning(small_set, capsys):
+    folder, _ = small_set
+    fid.main(["stats", "shapes", *JUDGE, "--out", str(folder / "ours.npz")])
+    ours = fid.FeatureStats.load(folder / "ours.npz")
+    assert {"crop", "split", "weights", "resize", "extractor", "pixels"} <= {*ours.meta} and ours.n == 400
+    np.savez(folder / "plain.npz", mu=ours.mean(), sigma=ours.cov())  # as pytorch-fid's
+    results = [fid.main(["gfid", str(folder / f"{name}.npz"), str(folder / "samples.npz"), *JUDGE, "--out",
+                         str(folder / f"{name}.json")]) for name in ("ours", "plain")]
+    assert results[0]["fd"] == pytest.approx(results[1]["fd"], rel=1e-9)
+    assert capsys.readouterr().out.count("does not say how it was measured") == 1
+    assert "sha256" in results[1]["reference"]
+    with pytest.raises(ValueError, match="does not say of how many images"):
+        fid.main(["gfid", str(folder / "ours.npz"), str(folder / "plain.npz"), *JUDGE])
+    swapped = fid.main(["gfid", "shapes", str(folder / "ours.npz"), *JUDGE, "--out", str(folder / "s.json")])
+    assert abs(swapped["fd"]) < 1e-3 and swapped["n"] == 400  # statistics may also stand for samples
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ([], True), (["--no-lpips"], False), (["--features", "shapes"], False),
+    (["--features", "shapes", "--lpips-weights", "file"], True)])
+def test_lpips_is_measured_unless_it_cannot_be_meant(flags, wanted, monkeypatch):
+    def absent(_):
+        raise FileNotFoundError("no VGG16")
+    monkeypatch.setattr(fid, "LPIPS", absent)
+    args = fid.parse_args(["rfid", "shapes", "--vae", "x", *flags])
+    if wanted:
+        with pytest.raises(FileNotFoundError, match="no VGG16; here: --lpips-weights FILE, or --no-lpips"):
+            fid.load_lpips(args, "cpu")
+    else:
+        assert fid.load_lpips(args, "cpu") is None
+
+
+@pytest.mark.parametrize("source, given, split", [
+    ("data/imagenet/val", None, "val"), ("data/train/dogs", None, "train"), ("pictures", None, "unknown"),
+    ("data/imagenet/val", "train", "train"), ("shapes", None, "val"), ("shapes", "train", "train")])
+def test_split_is_told_by_the_folder_or_the_flag(source, given, split):
+    assert fid.split_of(source, given) == split
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -526,6 +803,8 @@ def test_rfid_command_reports_psnr_ssim_and_the_originals(small_set, capsys):
     (["gfid", "shapes", "nowhere.npz"], "nowhere.npz"),
     (["rfid", "shapes", "--vae", "nowhere.pt"], "nowhere.pt"),
     (["gfid", "shapes", "shapes", "--image-size", "64"], "32 px"),
+    (["stats", "shapes", "--split", "test", "--out", "x.npz"], "--split test: the embedded set has train"),
+    (["nearest", "shapes", "shapes", "--heldout", "nowhere"], "nowhere"),
 ])
 def test_wrong_input_is_one_clear_line(flags, message, capsys):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -550,3 +829,25 @@ def test_timm_model_extracts_pooled_features_from_a_local_file(tmp_path):
         fid.load_extractor("resnet10t", tmp_path / "absent.pth")
     with pytest.raises(ValueError, match="want inception, shapes or a timm"):
         fid.load_extractor("no_such_model")
+
+
+def test_dinov2_gives_the_class_token_at_224_px(tmp_path):
+    """FD-DINOv2 (arXiv:2306.04675) by the smallest of the family; the file has positions for 518 px."""
+    import timm
+    torch.manual_seed(0)
+    name = "vit_small_patch14_dinov2.lvd142m"
+    torch.save(timm.create_model(name, depth=1).state_dict(), tmp_path / "dino.pth")
+    timm_model = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda *args, **kwargs: timm_model(*args, depth=1, **kwargs))
+        extractor = fid.load_extractor(name, tmp_path / "dino.pth")
+    images = data.Shapes(2).__getitems__([0, 1])[0]
+    x = torch.nn.functional.interpolate(images.float() / 255, size=(224, 224), mode="bicubic",
+                                        antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    x = (x - mean) / std  # ImageNet's
+    with torch.no_grad():
+        tokens = extractor.net.forward_features(x)
+        found = extractor(images)["features"]
+    assert tokens.shape == (2, 1 + 16 * 16, 384) and extractor.label == f"FD-{name}"
+    torch.testing.assert_close(found, tokens[:, 0])

@@ -13,20 +13,20 @@ import pytest
 from conftest import ROOT
 
 LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes", "weights", "attributes",
-           "latent_metrics"}
+           "metrics", "latent_metrics"}
 SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
            "quickstart"}
 COMMANDS = SCRIPTS | {"vae", "sit"}  # these two export: python vae.py --export ...
 # data.py hands out the embedded set, mapper.py shares SiT's pieces, attributes.py reads images by data.py;
 # networks with published files read and write them through weights.py; vae.py and sit.py as commands report
 # errors through common.py; scripts import the library; fid.py and probe.py have library halves for the
-# report.
+# report and the benchmark.
 LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit"), ("attributes", "data"), ("vae", "weights"),
                  ("sit", "weights"), ("losses", "weights"), ("vae", "common"), ("sit", "common")}
-SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid")}
+SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid"), ("bench", "fid")}
 RUNTIME = {"torch", "numpy", "timm", "PIL", "tqdm", "scipy"}
 FROM_TIMM = {"safetensors", "huggingface_hub"}  # come with timm; imported only where asked for
-BEHIND_A_FLAG = {"wandb"}
+BEHIND_A_FLAG = {"wandb", "pytorch_fid", "torch_fidelity"}
 FILES = sorted(ROOT.glob("*.py"))
 
 
@@ -104,7 +104,7 @@ def test_quickstart_commands_parse(tmp_path):
 @pytest.mark.parametrize("script", sorted(COMMANDS))
 def test_help_says_something_about_every_flag_and_a_wrong_one_is_an_error(script, capsys):
     module = importlib.import_module(script)
-    commands = (["gfid"], ["rfid"], ["stats"]) if script == "fid" else ([],)
+    commands = (["gfid"], ["rfid"], ["stats"], ["nearest"], ["again"]) if script == "fid" else ([],)
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             module.parse_args([*command, "-h"])

@@ -2,14 +2,20 @@
 
     pytest tests/test_samplers.py          about 10 s on 2 CPU cores
 """
+import json
 import math
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import read_fixture, tensor
 
+import common
+import sample
 import sit
 from sit import SiT, SiTConfig
+from vae import VAE, VAE_SIZES
 
 MANIFEST, ARCHIVE = read_fixture("samplers")
 CASES = MANIFEST["cases"]
@@ -415,3 +421,34 @@ def test_zero_steps_are_an_error():
     for sampler in (sit.sample_ode, sit.sample_sde):
         with pytest.raises(ValueError, match="num_steps is 0"):
             sampler(lambda z, t: z, torch.randn(1, 1, 2, 2), 0)
+
+
+# sample.py
+
+def test_a_sweep_of_guidance_scales_is_one_ordinary_run_per_scale(tmp_path):
+    torch.manual_seed(0)
+    vae = VAE(VAE_SIZES["tiny"])
+    save = {"format": "nanosendvae-vae", "step": 1, "model": vae.state_dict(), "ema": None,
+            "model_config": asdict(vae.config), "args": {}}
+    common.save_checkpoint(tmp_path / "vae.pt", save)
+    config = vae.config
+    channels, side = config.z_channels, 32 // vae.stride
+    model = random_model(replace(TINY, input_size=side, in_channels=channels))
+    latents = {"vae": str(tmp_path / "vae.pt"), "vae_hash": common.state_hash(vae.state_dict()),
+               "num_classes": 10, "class_names": [str(i) for i in range(10)], "channels": channels,
+               "latent_size": [side, side], "mean": [0.0] * channels, "std": [1.0] * channels}
+    common.save_checkpoint(tmp_path / "sit.pt", {
+        "format": "nanosendvae-sit", "step": 1, "model": model.state_dict(), "ema": model.state_dict(),
+        "model_config": asdict(model.config), "latents": latents, "args": {"label_dropout": 0.1}})
+    flags = ["--ckpt", str(tmp_path / "sit.pt"), "--num", "4", "--steps", "3", "--sampler", "euler",
+             "--device", "cpu", "--dtype", "fp32", "--npz"]
+    sample.main([*flags, "--sweep-cfg", "1", "2.5", "--out", str(tmp_path / "sweep")])
+    sample.main([*flags, "--cfg", "2.5", "--out", str(tmp_path / "one")])
+    assert sorted(folder.name for folder in (tmp_path / "sweep").iterdir()) == ["cfg1", "cfg2.5"]
+    images = {name: np.load(tmp_path / name / "samples.npz")["arr_0"] for name in
+              ("sweep/cfg1", "sweep/cfg2.5", "one")}
+    assert (images["sweep/cfg2.5"] == images["one"]).all()
+    assert (images["sweep/cfg1"] != images["one"]).any()
+    protocols = [json.loads((tmp_path / name / "protocol.json").read_text())
+                 for name in ("sweep/cfg2.5", "one")]
+    assert {key for key in protocols[1] if protocols[0][key] != protocols[1][key]} == {"out"}

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 OUT="${OUT:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
-PRETRAIN_STEPS="${PRETRAIN_STEPS:-800}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-1800}"
+PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-1600}"
 SAMPLES="${SAMPLES:-1000}"
 
 if [ -z "${PYTHON:-}" ]; then

@@ -320,7 +320,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     for seed, name in enumerate(("send", "plain")):
         torch.manual_seed(seed)
-        vae, mapper = VAE(VAE_SIZES["tiny"]), Mapper(MapperConfig(24, 4, 128, projector_dim=64))
+        vae, mapper = VAE(VAE_SIZES["tiny"]), Mapper(MapperConfig(28, 4, 128, projector_dim=64))
         has = name == "send"
         common.save_checkpoint(folder / name / "ckpt_0000001.pt", {
             "format": "nanosendvae-vae", "step": 1, "model": vae.state_dict(), "ema": None,

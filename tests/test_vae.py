@@ -152,10 +152,10 @@ def test_a_stem_is_the_plain_network_on_folded_pixels():
     assert folded.stride == 4 and plain.stride == 2
 
 
-def test_tiny_maps_32_pixels_to_24_channels_of_4():
+def test_tiny_maps_32_pixels_to_28_channels_of_4():
     model = VAE(VAE_SIZES["tiny"])
-    x_hat, z, posterior = model(torch.zeros(2, 3, 32, 32), eps=torch.zeros(2, 24, 4, 4))
-    assert z.shape == (2, 24, 4, 4) and x_hat.shape == (2, 3, 32, 32) and model.stride == 8
+    x_hat, z, posterior = model(torch.zeros(2, 3, 32, 32), eps=torch.zeros(2, 28, 4, 4))
+    assert z.shape == (2, 28, 4, 4) and x_hat.shape == (2, 3, 32, 32) and model.stride == 8
     assert torch.equal(z, posterior.mode())
 
 

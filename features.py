@@ -136,7 +136,7 @@ def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
 def fuse(net: FIDInception) -> FIDInception:
     """Fold each BatchNorm into its convolution, weights channels last, in place; returns net, eval mode.
 
-    The same function to 3e-6 of activations of about 5; 1.7 times faster on a CPU.
+    The same function to 3e-6 of activations of about 5; about 1.4 times faster on a CPU.
     """
     for block in net.modules():
         if hasattr(block, "conv") and hasattr(block, "bn"):
@@ -196,10 +196,11 @@ def load_timm(name: str, weights=None) -> nn.Module:
     import timm
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"--features-weights {weights}: no such file")
-    size = {"img_size": 224} if "dinov2" in name else {}  # FD-DINOv2, arXiv:2306.04675; timm would take 518
-    overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
+    overlay = {"file": str(weights)} if weights else {}
+    if "dinov2" in name:
+        overlay["input_size"] = (3, 224, 224)  # FD-DINOv2, arXiv:2306.04675; timm would take 518
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, **size, **overlay).eval()
+        return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).eval()
     except RuntimeError as error:
         raise ValueError(f"--features {name}: {str(error).splitlines()[0]}; want inception, shapes or a "
                          "timm model") from error

@@ -103,7 +103,7 @@ def compute_stats(batches, extractor, device="cpu", meta=None, keep_every: int =
     return stats
 
 
-def measure_images(dataset, source, extractor, args, proc, keep_every=1) -> FeatureStats:
+def measure_images(dataset, source, extractor, args, proc, keep_every=1, **meta) -> FeatureStats:
     """Return the statistics of a data set, with all that they depend on in .meta."""
     if len(dataset) < proc.world:
         raise ValueError(f"{source}: {len(dataset)} images for {proc.world} processes; use fewer")
@@ -111,7 +111,7 @@ def measure_images(dataset, source, extractor, args, proc, keep_every=1) -> Feat
     crop = "center" if isinstance(dataset, data.ImageFolder) else "none"
     return compute_stats(common.progress(loader, proc, dataset.name), extractor, proc.device,
                          {"name": dataset.name, "data": str(source), "image_size": dataset.image_size,
-                          "crop": crop}, keep_every)
+                          "crop": crop, **meta}, keep_every)
 
 
 def has_statistics(source) -> bool:
@@ -133,17 +133,17 @@ def measure(source, size, extractor, args, proc, reference=False) -> FeatureStat
         if not reference or "arr_0" not in data.open_arrays(source).files:
             return stored
     dataset = open_images(source, size, args.split if reference else None)
-    stats = measure_images(dataset, source, extractor, args, proc,
-                           -(-len(dataset) // REFERENCE_ROWS) if reference else 1)
-    if stored is not None:
-        stored.rows = stats.rows
-        stored.meta |= {"image_size": dataset.image_size, "pixels": stats.meta["pixels"]}
-    elif reference:
-        stats.meta["split"] = split_of(source, args.split)
     sampling = Path(source).with_name("protocol.json")  # sample.py's, beside its samples
-    if not reference and sampling.is_file():
-        stats.meta["sampling"] = json.loads(sampling.read_text())
-    return stored or stats
+    if reference:
+        keep_every, meta = -(-len(dataset) // REFERENCE_ROWS), {"split": split_of(source, args.split)}
+    else:
+        keep_every, meta = 1, {"sampling": json.loads(sampling.read_text())} if sampling.is_file() else {}
+    stats = measure_images(dataset, source, extractor, args, proc, keep_every, **meta)
+    if stored is None:
+        return stats
+    stored.rows = stats.rows
+    stored.meta |= {"image_size": dataset.image_size, "pixels": stats.meta["pixels"]}
+    return stored
 
 
 # commands
@@ -234,8 +234,8 @@ def report(title: str, result: dict, args, proc) -> None:
 def run_gfid(args, extractor, proc) -> dict:
     """Measure one or several sets of samples and the reference, and report."""
     if has_statistics(args.reference):  # before hours of samples
-        check_comparable(FeatureStats.load(args.reference), FeatureStats({"name": args.samples[0],
-                                                                          **extractor.meta}))
+        planned = FeatureStats({"name": args.samples[0], **extractor.meta})
+        check_comparable(FeatureStats.load(args.reference), planned)
     size = args.image_size or (32 if "shapes" in (args.reference, *args.samples) else 256)
     sets, reference = {}, None
     for source in args.samples:
@@ -306,16 +306,18 @@ def run_nearest(args, extractor, proc) -> dict:
     """Find the training images nearest to samples; report how many are too near, and draw the nearest."""
     size = args.image_size or (32 if "shapes" in (args.train, args.samples) else 256)
     samples = open_images(args.samples, size)
-    train = open_images(args.train, samples.image_size, args.split or "train")
+    split = args.split or "train"
+    train = open_images(args.train, samples.image_size, split)
     sibling = Path(args.train).with_name("val")
     heldout = args.heldout or ("shapes" if args.train == "shapes" else
                                sibling if Path(args.train).name == "train" and sibling.is_dir() else None)
-    sets = {args.train: train, args.samples: samples}
-    sets |= {f"{heldout}, held out": open_images(str(heldout), samples.image_size, "val")} if heldout else {}
+    sets = [(train, args.train, split), (samples, args.samples, "none")]
+    sets += [(open_images(str(heldout), samples.image_size, "val"), heldout, "val")] if heldout else []
     if train.image_size != samples.image_size:
         raise ValueError(f"{args.train} has images of {train.image_size} px, {args.samples} of "
                          f"{samples.image_size}; want equal sizes: --image-size for folders")
-    stats = [measure_images(images, name, extractor, args, proc) for name, images in sets.items()]
+    stats = [measure_images(images, source, extractor, args, proc, split=part)
+             for images, source, part in sets]
     if not proc.main:
         return {}
     device = "cuda" if proc.device.type == "cuda" else "cpu"

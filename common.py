@@ -280,16 +280,6 @@ def latest_checkpoint(folder, format: str):
     return None
 
 
-def resolve_checkpoint(path) -> str:
-    """Return `path`, or the newest checkpoint in it if it is a folder of them; hf:// names stay."""
-    if str(path).startswith("hf://") or not Path(path).is_dir():
-        return str(path)
-    files = sorted(Path(path).glob("ckpt_*.pt"))
-    if not files:
-        raise FileNotFoundError(f"{path}: no ckpt_*.pt in this folder; train first, or give the file")
-    return str(files[-1])
-
-
 def prune_checkpoints(folder, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of `folder`."""
     for path in sorted(Path(folder).glob("ckpt_*.pt"))[:-keep]:

@@ -274,7 +274,7 @@ def run_rfid(args, extractor, proc) -> dict:
         raise ValueError(f"{args.data} holds statistics of {meta['name']}, split "
                          f"{meta.get('split', 'unknown')}: a reference for gfid; rfid compares "
                          "reconstructions with their originals, identically cropped: give the images")
-    vae = load_vae(common.resolve_checkpoint(args.vae)).to(proc.device)
+    vae = load_vae(args.vae).to(proc.device)
     lpips = load_lpips(args, proc.device)
     dataset = open_images(args.data, args.image_size, args.split)
     if len(dataset) < proc.world:

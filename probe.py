@@ -26,11 +26,12 @@ from torch import Tensor
 
 import common
 import data
+import weights
 from attributes import SHAPES_TRAIN, open_attributes
 from latent_metrics import (attribute_scores, class_scores, f1_scores, fit_linear_probe, latent_measures,
                             pca_rgb)
 from mapper import Mapper, MapperConfig, Teacher
-from sit import interpolate, load_sit
+from sit import interpolate, read_sit
 from vae import load_vae
 
 __all__ = ["fit_linear_probe", "f1_scores", "pca_rgb", "latent_measures"]
@@ -85,20 +86,33 @@ def mapper_features(path, device):
         clean_tokens(mapper, z).mean(1)
 
 
-def sit_features(args, vae_hash, device):
+def sit_statistics(args, content, vae_path, channels) -> tuple:
+    """Return (mean, std) of the latents of --sit: in its file, else --latent-stats, else beside the VAE."""
+    inside = weights.statistics_of(content)
+    if inside is None and args.latent_stats:
+        inside = weights.read_statistics(args.latent_stats, channels)
+    found = inside or weights.find_statistics(vae_path, channels)
+    if found is None:
+        raise ValueError(f"no latent statistics in {args.sit} or beside {vae_path}: give --latent-stats FILE "
+                         "(0.18215 for SD-VAE with SiT's and REPA's checkpoints)")
+    return found[:2]
+
+
+def sit_features(args, vae_path, vae_hash, device):
     """Return (name with hash, function (z raw, rows) -> mean token (B, D)) of --sit after --block at --t.
 
     The label is the null one, always: the function is given none, and the true one would give the answer
     away. The noise of an image depends on --seed and its number.
     """
-    meta = common.load_checkpoint(args.sit, "nanosendvae-sit")["latents"]
-    if vae_hash != meta["vae_hash"]:
+    model, content = read_sit(args.sit)
+    meta = content["latents"] if content.get("format") == "nanosendvae-sit" else {}
+    if vae_hash != meta.get("vae_hash", vae_hash):  # published files name no VAE
         raise ValueError(f"--sit {args.sit} was trained on latents of VAE {meta['vae_hash'][:12]}, this is "
                          f"{vae_hash[:12]}; give --vae {meta['vae']}")
-    model = load_sit(args.sit).to(device)
+    model.to(device)
     if model.null_label is None:
         raise ValueError(f"--sit {args.sit} has no null label, and the true one would give the answer away")
-    mean, std = (torch.tensor(meta[key]) for key in ("mean", "std"))
+    mean, std = sit_statistics(args, content, vae_path, model.config.in_channels)
 
     def features(z, rows):
         eps = common.noise_for(z.shape[1:], rows.tolist(), device, args.seed, "probe")
@@ -179,7 +193,7 @@ def probe_vae(path, found, args, device) -> dict:
     if args.mapper:
         functions["mapper"] = mapper_features(path, device)
     if args.sit:
-        functions["sit"] = sit_features(args, result["vae_hash"], device)
+        functions["sit"] = sit_features(args, path, result["vae_hash"], device)
     encoded = [encode(split, functions, vae, result["vae_hash"], args, device)
                for split in found.splits.values()]
     for arrays in encoded:
@@ -406,7 +420,10 @@ def parse_args(argv=None):
     add("--fid-csv", default=None, help="file of VAE,FID lines under a header: adds Pearson's r of every "
         "measure to the report")
     add("--mapper", action="store_true", help="also probe the mean of the mapper's tokens, without noise")
-    add("--sit", default=None, help="also probe the mean token of this SiT: checkpoint or folder")
+    add("--sit", default=None, help="also probe the mean token of this SiT, ours or published: file, folder "
+        "of ours (newest), or hf://owner/repo/file")
+    add("--latent-stats", default=None, help="for published SiTs, as in sample.py: statistics file, or "
+        "0.18215 for SD-VAE; default: in the SiT (REPA-E) or beside the VAE")
     add("--block", type=int, default=4, help="SiT block after which tokens are taken, counted from 1")
     add("--t", type=float, default=0.3, help="noise time of the SiT's input, 0 = clean")
     add("--seed", type=int, default=0, help="seed of that noise, and of --num-train")
@@ -447,14 +464,22 @@ def open_sets(args) -> list:
     return sets
 
 
+def vae_of(sit) -> str:
+    """Return the VAE that a SiT checkpoint of ours names. Raises ValueError for a published one."""
+    content = read_sit(sit)[1]
+    if content.get("format") != "nanosendvae-sit":
+        raise ValueError(f"--sit {sit} is a published SiT, which does not name its VAE: give --vae FILE")
+    return content["latents"]["vae"]
+
+
 def run(args, device) -> dict:
     """Probe every VAE, draw, print; return the report."""
     check(args)
     if args.sit:
-        args.sit = common.resolve_checkpoint(args.sit)
-        args.vae = args.vae or [common.load_checkpoint(args.sit, "nanosendvae-sit")["latents"]["vae"]]
+        args.sit = weights.resolve(args.sit)
+        args.vae = args.vae or [vae_of(args.sit)]
     typed = args.report or args.vae or ["out/vae"]
-    paths = [common.resolve_checkpoint(path) for path in typed]
+    paths = [weights.resolve(path) for path in typed]
     labels = short_names(paths)
     fids = read_fids(args.fid_csv, [*zip(typed, paths, labels)]) if args.fid_csv else None
     sets, results = open_sets(args), []

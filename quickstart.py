@@ -18,6 +18,7 @@ import torch
 
 import common
 import data
+import weights
 from mapper import Mapper, MapperConfig, Teacher
 from probe import pca_rgb
 from vae import load_vae
@@ -92,8 +93,8 @@ def draw_pictures(run) -> None:
     images, _ = val.__getitems__(range(SHOWN))
     x, rows, pca_rows = data.to_float(images), [images], []
     for kind in KINDS:
-        checkpoint = common.load_checkpoint(common.resolve_checkpoint(run / kind / "vae"))
-        vae = load_vae(common.resolve_checkpoint(run / kind / "vae"))
+        checkpoint = common.load_checkpoint(weights.resolve(run / kind / "vae"))
+        vae = load_vae(run / kind / "vae")
         z = vae.encode(x).mode()
         rows.append(data.to_uint8(vae.decode(z)))
         pca_rows.append(pca_rgb(z.flatten(2).transpose(1, 2)))

@@ -23,6 +23,7 @@ from mapper import Mapper, MapperConfig
 from sit import SiT, SiTConfig
 from vae import VAE, VAE_SIZES
 
+CHANNELS = VAE_SIZES["tiny"].z_channels
 CPU = ["--device", "cpu", "--workers", "0", "--batch-size", "100", "--cache", ""]
 
 
@@ -320,7 +321,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     for seed, name in enumerate(("send", "plain")):
         torch.manual_seed(seed)
-        vae, mapper = VAE(VAE_SIZES["tiny"]), Mapper(MapperConfig(28, 4, 128, projector_dim=64))
+        vae, mapper = VAE(VAE_SIZES["tiny"]), Mapper(MapperConfig(CHANNELS, 4, 128, projector_dim=64))
         has = name == "send"
         common.save_checkpoint(folder / name / "ckpt_0000001.pt", {
             "format": "nanosendvae-vae", "step": 1, "model": vae.state_dict(), "ema": None,
@@ -328,13 +329,13 @@ def checkpoints(tmp_path_factory):
             "mapper_config": asdict(mapper.config) if has else None, "teacher": "shapes" if has else None,
             "args": {}})
         if has:
-            sit = SiT(SiTConfig(input_size=4, in_channels=16, hidden_size=32, depth=2, num_heads=2,
+            sit = SiT(SiTConfig(input_size=4, in_channels=CHANNELS, hidden_size=32, depth=2, num_heads=2,
                                 num_classes=10))
             for block in sit.blocks:  # away from the identity, so that labels reach the tokens
                 torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.5)
             path = str(folder / name / "ckpt_0000001.pt")
-            meta = {"vae": path, "vae_hash": common.state_hash(vae.state_dict()), "mean": [0.0] * 16,
-                    "std": [1.0] * 16}
+            meta = {"vae": path, "vae_hash": common.state_hash(vae.state_dict()), "mean": [0.0] * CHANNELS,
+                    "std": [1.0] * CHANNELS}
             common.save_checkpoint(folder / "sit" / "ckpt_0000001.pt", {
                 "format": "nanosendvae-sit", "step": 1, "model": sit.state_dict(), "ema": sit.state_dict(),
                 "model_config": asdict(sit.config), "latents": meta, "args": {}})
@@ -449,20 +450,40 @@ def test_mapper_and_sit_features_are_probed_in_eval_mode_with_the_null_label(che
 def test_labels_cannot_reach_the_sit(checkpoints, monkeypatch):
     args = probe.parse_args(["--sit", str(checkpoints / "sit" / "ckpt_0000001.pt"), "--block", "1", *CPU])
     vae_hash = common.load_checkpoint(args.sit)["latents"]["vae_hash"]
-    name, function = probe.sit_features(args, vae_hash, "cpu")
+    name, function = probe.sit_features(args, "vae", vae_hash, "cpu")
     assert [*inspect.signature(function).parameters] == ["z", "rows"]  # neither images nor labels
-    z = random_rows(6, 256, 30).view(6, 16, 4, 4)
+    z = random_rows(6, 16 * CHANNELS, 30).view(6, -1, 4, 4)
     features = function(z, np.arange(6))
     torch.testing.assert_close(function(z[3:], np.arange(3, 6)), features[3:])  # noise by image, not batch
     assert not torch.equal(function(z, np.arange(1, 7)), features)
     for flags in (["--block", "2"], ["--t", "0.5"], ["--seed", "1"]):  # each has a file of its own
         other = probe.parse_args(["--sit", args.sit, "--block", "1", *CPU, *flags])
-        assert probe.sit_features(other, vae_hash, "cpu")[0] != name
-    model = probe.load_sit(args.sit)
+        assert probe.sit_features(other, "vae", vae_hash, "cpu")[0] != name
+    model, content = probe.read_sit(args.sit)
     model.null_label = None
-    monkeypatch.setattr(probe, "load_sit", lambda path: model)
+    monkeypatch.setattr(probe, "read_sit", lambda path: (model, content))
     with pytest.raises(ValueError, match="has no null label"):
-        probe.sit_features(args, vae_hash, "cpu")
+        probe.sit_features(args, "vae", vae_hash, "cpu")
+
+
+def test_a_published_sit_is_probed_with_the_statistics_that_it_is_given(checkpoints, tmp_path):
+    """The same weights as a bare state dict: the features of our checkpoint, given its statistics."""
+    ours, bare = str(checkpoints / "sit" / "ckpt_0000001.pt"), tmp_path / "sit.pt"
+    stats = tmp_path / "stats.pt"
+    state = common.load_checkpoint(ours)
+    torch.save(state["ema"] or state["model"], bare)
+    torch.save({key: torch.tensor(state["latents"][key]) for key in ("mean", "std")}, stats)
+    z, both = random_rows(3, 16 * CHANNELS, 31).view(3, -1, 4, 4), []
+    vae = str(checkpoints / "plain" / "ckpt_0000001.pt")
+    for sit, flags in ((ours, []), (str(bare), ["--latent-stats", str(stats)])):
+        args = probe.parse_args(["--sit", sit, "--block", "1", *CPU, *flags])
+        both.append(probe.sit_features(args, vae, state["latents"]["vae_hash"], "cpu")[1](z, np.arange(3)))
+    assert torch.equal(*both)
+    args.latent_stats = None
+    with pytest.raises(ValueError, match="no latent statistics in .*give --latent-stats"):
+        probe.sit_features(args, vae, "", "cpu")
+    with pytest.raises(ValueError, match="does not name its VAE: give --vae"):
+        probe.main(["--sit", str(bare), *CPU])
 
 
 def test_sit_of_another_vae_and_missing_mapper_are_refused(checkpoints):

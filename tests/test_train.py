@@ -22,6 +22,7 @@ import encode
 import sample
 import train_sit
 import train_vae
+import weights
 
 VAE = ["--vae", "tiny", "--init", "none", "--teacher", "shapes", "--lpips", "0", "--image-size", "32",
        "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--batch-size", "16", "--bn-group", "4",
@@ -56,7 +57,7 @@ def trained(pictures, tmp_path_factory):
 
 
 def newest(folder):
-    return common.load_checkpoint(common.resolve_checkpoint(folder))
+    return common.load_checkpoint(weights.resolve(folder))
 
 
 def rows(folder):

@@ -216,6 +216,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int 
 
     Near: no farther from some point of the other set than that point's k-th neighbour there. As ADM's
     evaluator, whose fp16 distances move the third decimal; here fp64. Raises ValueError for k or fewer rows.
+    50,000 samples, 10,000 references, D 2,048: 12.7 TFLOP, 5 minutes of one CPU core; 1.3 GiB.
     """
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"{len(reference)} references and {len(samples)} samples; want more than {k} each")

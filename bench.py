@@ -347,7 +347,7 @@ def main(argv=None):
         seconds = seconds_of(step, args.iters, device)
         tflops = counter.get_total_flops() / seconds / 1e12
         row = {"stage": stage, "images_per_s": round(args.batch_size / seconds, 2),
-               "step_ms": round(1000 * seconds, 2), "tflop_per_s": round(tflops, 3),
+               "step_ms": round(1000 * seconds, 2), "tflop_per_s": float(f"{tflops:.4g}"),
                "mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": round(peak, 2),
                "peak_source": source, "batch_size": args.batch_size, "vae": args.vae, "model": args.model,
                "image_size": args.image_size, "autocast": str(dtype), "compile": args.compile, "device": name,

@@ -192,12 +192,12 @@ def rfid(batches, vae, extractor, device="cpu", lpips=None) -> dict:
     uint8, as when saved, for all but LPIPS. {} but in rank 0.
     """
     real, fake = FeatureStats(), FeatureStats()
-    for images, labels, *_ in batches:
-        images = images.to(device)
+    for images_u8, labels, *_ in batches:
+        images = images_u8.to(device)
         x = data.to_float(images)
         x_hat = vae.decode(vae.encode(x).mode())
         images_hat = data.to_uint8(x_hat)
-        real.update(extract(extractor, images), images)
+        real.update(extract(extractor, images), images_u8)
         rows = {"psnr_db": psnr(images, images_hat), "ssim": ssim(images, images_hat), "labels": labels}
         rows |= {} if lpips is None else {"lpips": lpips(x, x_hat)}
         fake.update({**extract(extractor, images_hat), **rows})

@@ -39,10 +39,14 @@ class FeatureStats:
         """Add a batch: features (B, D), or a dict of them and others. Raises ValueError if D changes.
 
         "features" and "spatial" enter the moments; rows are kept of every other entry, and of the features of
-        each image whose position is a multiple of keep_every (0: none). images_u8 (B, 3, H, W) enter .pixels;
-        positions (B,): of these images among all (default: as if they came in order).
+        each image whose position is a multiple of keep_every (0: none). images_u8 (B, 3, H, W, on the
+        CPU) enter .pixels; positions (B,): of these images among all (default: as if they came in order).
         """
         outputs = outputs if isinstance(outputs, dict) else {"features": outputs}
+        # first, while a GPU still computes the features
+        for image in [] if images_u8 is None else images_u8.permute(0, 2, 3, 1).numpy():
+            digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
+            self.pixels = (self.pixels + int.from_bytes(digest, "little")) % 2**64
         if positions is None:
             positions = torch.arange(self.n, self.n + len(outputs["features"]))
         for name, x in outputs.items():
@@ -59,9 +63,6 @@ class FeatureStats:
                 x = x[(positions % self.keep_every == 0).to(x.device)] if self.keep_every else x[:0]
             if name != "spatial" and len(x):
                 self.rows.setdefault(name, []).append(x.cpu())
-        for image in [] if images_u8 is None else images_u8.permute(0, 2, 3, 1).cpu().numpy():
-            digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
-            self.pixels = (self.pixels + int.from_bytes(digest, "little")) % 2**64
         self.n += len(outputs["features"])
 
     def all_reduce(self) -> "FeatureStats":
@@ -216,6 +217,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int 
 
     Near: no farther from some point of the other set than that point's k-th neighbour there. As ADM's
     evaluator, whose fp16 distances move the third decimal; here fp64. Raises ValueError for k or fewer rows.
+    50,000 samples, 10,000 references, D 2,048: 12.7 TFLOP, 5 minutes of one CPU core; 1.3 GiB.
     """
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"{len(reference)} references and {len(samples)} samples; want more than {k} each")

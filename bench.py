@@ -27,9 +27,9 @@ import common
 import data
 from features import Extractor, FIDInception, fuse
 from fid import compute_stats
+from image_metrics import frechet_distance
 from losses import LPIPS, PatchDiscriminator, discriminator_loss, generator_loss, vae_loss
 from mapper import Mapper, MapperConfig, alignment_loss
-from metrics import frechet_distance
 from sit import SIT_SIZES, SiT, SiTConfig, flow_loss, guided_velocity, interpolate, sample_ode
 from vae import VAE, VAE_SIZES, Posterior
 

@@ -27,9 +27,9 @@ from torch import Tensor
 import common
 import data
 from features import INCEPTION_FILE, Extractor, FIDInception, fuse
+from image_metrics import (FeatureStats, check_comparable, closer_than_training, frechet_distance,
+                           inception_score, kernel_distance, nearest, precision_recall, psnr, ssim)
 from losses import VGG_FILE, LPIPS
-from metrics import (FeatureStats, check_comparable, closer_than_training, frechet_distance, inception_score,
-                     kernel_distance, nearest, precision_recall, psnr, ssim)
 from vae import load_vae
 
 __all__ = ["FIDInception", "FeatureStats", "frechet_distance", "inception_score", "precision_recall",

@@ -22,8 +22,8 @@ import common
 import data
 import features
 import fid
+import image_metrics
 import losses
-import metrics
 from vae import VAE, VAE_SIZES
 
 METRICS, NUMBERS = read_fixture("metrics")
@@ -243,7 +243,7 @@ def test_square_root_of_full_and_of_deficient_rank_gives_the_matrix_back():
     full = torch.from_numpy(random_covariance(40, 20))
     x = torch.from_numpy(gaussian(15, 40, 21))
     for sigma, rank in ((full, 40), (torch.cov(x.T), 14), (torch.cov(x.T) + 1e-13 * full, 40)):
-        root = metrics.square_root(sigma)
+        root = image_metrics.square_root(sigma)
         torch.testing.assert_close(root @ root.T, sigma, atol=1e-12, rtol=1e-9)
         assert root.shape[1] <= rank
     with_cholesky = distance(stats_of(gaussian(400, 30, 22)), stats_of(gaussian(20, 30, 23)))
@@ -463,21 +463,22 @@ def test_nearest_rows_equal_brute_force_and_find_planted_copies(block):
     train, points = gaussian(30, 5, 24), gaussian(20, 5, 25)
     points[:8] = train[10:18] + 1e-3
     squares = ((points[:, None] - train) ** 2).sum(2)
-    found, indices = metrics.nearest(torch.from_numpy(points), torch.from_numpy(train), 3, block)
+    found, indices = image_metrics.nearest(torch.from_numpy(points), torch.from_numpy(train), 3, block)
     np.testing.assert_allclose(found, np.sort(squares, 1)[:, :3], atol=1e-12)
     assert (indices.numpy() == np.argsort(squares, 1)[:, :3]).all()
     own = ((train[:, None] - train) ** 2).sum(2) + 1e9 * np.eye(30)
     expected = np.sqrt(squares.min(1) / own.min(1)[squares.argmin(1)])
-    ratio, indices = metrics.closer_than_training(torch.from_numpy(train), torch.from_numpy(points), k=2)
+    ratio, indices = image_metrics.closer_than_training(torch.from_numpy(train), torch.from_numpy(points),
+                                                        k=2)
     np.testing.assert_allclose(ratio, expected, rtol=1e-6)
     assert (ratio[:8] < 0.01).all() and indices[:8, 0].tolist() == [*range(10, 18)]
-    exact = metrics.closer_than_training(torch.from_numpy(train), torch.from_numpy(train))[0]
+    exact = image_metrics.closer_than_training(torch.from_numpy(train), torch.from_numpy(train))[0]
     assert (exact < 1e-6).all()
 
 
 def test_about_half_of_unseen_points_are_closer_to_training_than_training_is_to_itself():
     train, unseen = (torch.from_numpy(gaussian(1500, 6, seed)) for seed in (26, 27))
-    share = (metrics.closer_than_training(train, unseen)[0] < 1).double().mean()
+    share = (image_metrics.closer_than_training(train, unseen)[0] < 1).double().mean()
     assert 0.4 < share < 0.6
 
 

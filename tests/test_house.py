@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes", "weights", "attributes",
-           "metrics", "latent_metrics"}
+           "image_metrics", "latent_metrics"}
 SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
            "quickstart"}
 COMMANDS = SCRIPTS | {"vae", "sit"}  # these two export: python vae.py --export ...

@@ -256,14 +256,18 @@ PACKAGES = {"pytorch_fid": (pytorch_fid, "pytorch-fid"), "torch_fidelity": (torc
 
 def fid_of_ours(weights, resize, size, batch_size):
     """Return the same three functions by fid.py."""
-    extractor = Extractor("inception", weights, resize)
-    fuse(extractor.net)
+    def load():
+        extractor = Extractor("inception", weights, resize)
+        fuse(extractor.net)
+        return extractor
+    network = load()
 
     def folders(*pair):
+        extractor = load()  # the packages load theirs in this call, too
         loaders = [data.eval_loader(data.ImageFolder(a, size), batch_size, workers=0) for a in pair]
         stats = [compute_stats(loader, extractor, keep_every=0) for loader in loaders]
         return frechet_distance(*(moment() for s in stats for moment in (s.mean, s.cov)))
-    return lambda images: extractor(images)["features"], frechet_distance, folders
+    return lambda images: network(images)["features"], frechet_distance, folders
 
 
 def make_moments(noise) -> list:
@@ -294,6 +298,14 @@ def timed(function, inputs, iters):
     return result, *map(min, zip(*times[iters > 1:]))
 
 
+def installed_packages() -> list:
+    """Return the names of PACKAGES that are installed; ModuleNotFoundError if none is."""
+    found = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    if not found:
+        raise ModuleNotFoundError("--against: pip install pytorch-fid==0.3.0 torch-fidelity==0.4.0 (or one)")
+    return found
+
+
 @torch.inference_mode()
 def compare_fid(args) -> None:
     """Print a JSON line for each installed package and part: seconds (theirs, ours), ratio, difference.
@@ -301,9 +313,7 @@ def compare_fid(args) -> None:
     Parts: network (images to features, fp32), distance (of moments, D = 2,048), total (two folders of
     --batch-size PNG files to the number). cpu_ratio is of processor time: a busy machine changes it little.
     """
-    found = [name for name in PACKAGES if importlib.util.find_spec(name)]
-    if not found:
-        raise ModuleNotFoundError("--against: pip install pytorch-fid==0.3.0 torch-fidelity==0.4.0 (or one)")
+    found = installed_packages()
     state, noise, size = inception_state(), torch.Generator().manual_seed(args.seed), args.image_size
     with tempfile.TemporaryDirectory() as folder:
         weights, halves = f"{folder}/weights.pth", (f"{folder}/a", f"{folder}/b")
@@ -333,6 +343,8 @@ def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
     device, dtype = proc.device, common.resolve_dtype(args.dtype, proc.device)
+    if args.against:
+        installed_packages()  # before minutes of other stages
     peak, source = peak_tflops(device, dtype)
     name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"CPU, {torch.get_num_threads()} threads")
@@ -350,7 +362,9 @@ def main(argv=None):
                "step_ms": round(1000 * seconds, 2), "tflop_per_s": float(f"{tflops:.4g}"),
                "mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": round(peak, 2),
                "peak_source": source, "batch_size": args.batch_size, "vae": args.vae, "model": args.model,
-               "image_size": args.image_size, "autocast": str(dtype), "compile": args.compile, "device": name,
+               "image_size": args.image_size,
+               "autocast": str(torch.float32 if stage == "fid" else dtype),
+               "compile": args.compile, "device": name,
                "iters": args.iters, **common.versions()}
         if device.type == "cuda":
             row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

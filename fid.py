@@ -97,6 +97,8 @@ def compute_stats(batches, extractor, device="cpu", meta=None, keep_every: int =
     stats = FeatureStats({**getattr(extractor, "meta", {}), **(meta or {})}, keep_every)
     for images, labels, *more in batches:
         outputs = {**extract(extractor, images.to(device)), "labels": labels}
+        if keep_every != 1:  # a reference: only samples have an Inception Score
+            outputs.pop("logits", None)
         stats.update(outputs, images, more[-1] if more else None)
     stats.all_reduce()
     stats.meta["pixels"] = f"{stats.pixels:016x}"
@@ -213,22 +215,24 @@ def report(title: str, result: dict, args, proc) -> None:
 
     result: of one set, or {"sets": {source: result}}, which becomes a table. In the main process only.
     """
+    if args.out:  # first: what was measured must not be lost
+        protocol = {"title": title, **result, "settings": SETTINGS, "args": vars(args),
+                    "device": str(proc.device), "processes": proc.world, "versions": common.versions()}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(protocol, indent=1) + "\n")
     sets = result.get("sets")
     if sets is None:
         for key, value in result.items():
             if isinstance(value, float):
                 print(f"{title if key == 'fd' else key:<56} {value:.4f}")
-    else:
-        columns = [key for key, value in next(iter(sets.values())).items() if isinstance(value, float)]
+    else:  # one kind of samples may have measures that another has not
+        columns = list(dict.fromkeys(key for row in sets.values() for key, value in row.items()
+                                     if isinstance(value, float)))
         width = max(map(len, sets))
         print(f"{title}\n{'samples':<{width}} {'n':>7} " + " ".join(f"{key[:11]:>11}" for key in columns))
         for source, row in sets.items():
-            print(f"{source:<{width}} {row['n']:>7} " + " ".join(f"{row[key]:>11.4f}" for key in columns))
-    if args.out:
-        protocol = {"title": title, **result, "settings": SETTINGS, "args": vars(args),
-                    "device": str(proc.device), "processes": proc.world, "versions": common.versions()}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(protocol, indent=1) + "\n")
+            cells = (f"{row[key]:>11.4f}" if key in row else f"{'-':>11}" for key in columns)
+            print(f"{source:<{width}} {row['n']:>7} " + " ".join(cells))
 
 
 def run_gfid(args, extractor, proc) -> dict:
@@ -311,8 +315,9 @@ def run_nearest(args, extractor, proc) -> dict:
     sibling = Path(args.train).with_name("val")
     heldout = args.heldout or ("shapes" if args.train == "shapes" else
                                sibling if Path(args.train).name == "train" and sibling.is_dir() else None)
+    other = "train" if split == "val" else "val"
     sets = [(train, args.train, split), (samples, args.samples, "none")]
-    sets += [(open_images(str(heldout), samples.image_size, "val"), heldout, "val")] if heldout else []
+    sets += [(open_images(str(heldout), samples.image_size, other), heldout, other)] if heldout else []
     if train.image_size != samples.image_size:
         raise ValueError(f"{args.train} has images of {train.image_size} px, {args.samples} of "
                          f"{samples.image_size}; want equal sizes: --image-size for folders")

@@ -237,11 +237,14 @@ def closer_than_training(train: Tensor, points: Tensor, own: Tensor | None = Non
 
     train (n, D), points (m, D); own (n,): nearest(train, train, 2)[0][:, 1], if at hand. Returns (ratio (m,),
     indices (m, k) of the nearest rows). A ratio below 1 is what arXiv:2102.08921 calls not authentic: about
-    half of unseen images have it, all copies do.
+    half of unseen images have it, all copies do (also of rows that are there twice: their ratio is 0).
     """
     own = nearest(train, train, 2)[0][:, 1] if own is None else own
     squares, indices = nearest(points, train, k)
-    return (squares[:, 0] / own[indices[:, 0]].clamp_min(1e-300)).sqrt(), indices
+    # below this a squared distance of rows x is the rounding of |x|^2 - 2 x.y + |y|^2: the rows are equal
+    noise = 1e-12 * points.double().square().sum(1)
+    squares = torch.where(squares[:, 0] < noise, 0, squares[:, 0])
+    return (squares / own[indices[:, 0]].maximum(noise).clamp_min(1e-300)).sqrt(), indices
 
 
 def kernel_distance(reference: Tensor, samples: Tensor, subsets: int = 100, subset_size: int = 1000,

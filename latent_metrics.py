@@ -228,7 +228,8 @@ def latent_measures(z, seed: int = 0, count: int = 2000) -> dict:
     high_frequency: share of it beyond half the highest frequency along a side.
     density_gini: Gini index of a kernel density in two dimensions, 0 = uniform (VA-VAE, arXiv:2501.01423, by
     t-SNE; here PCA). gmm_nll: fit of a Gaussian mixture (MAETok, arXiv:2502.03444), held-out nats per
-    whitened dimension; 1.42 for a Gaussian, lower for clusters. Both are of `count` random tokens.
+    whitened dimension; 1.42 for a Gaussian, lower for clusters; without directions in which the latents do
+    not vary (collapsed channels). Both are of `count` random tokens.
     """
     rng = np.random.default_rng(seed)
     images = np.sort(rng.permutation(len(z))[:MEASURED]) if len(z) > MEASURED else slice(None)
@@ -239,13 +240,14 @@ def latent_measures(z, seed: int = 0, count: int = 2000) -> dict:
     values = np.maximum(values, 1e-12)
     share, rows = values / values.sum(), np.random.default_rng(seed).permutation(len(tokens))[:count]
     white = (tokens[rows] - tokens.mean(0)) @ vectors / np.sqrt(values)  # in the order of rising variance
+    varying = white[:, values > 1e-6 * values[-1]]
     density = np.sort(gaussian_kde(white[:, -2:].T)(white[:, -2:].T))
     rank, half = np.arange(1, len(rows) + 1), len(rows) // 2
     power, high = spatial_power(z - tokens.mean(0)[:, None, None])
     return {"channel_std_min": spread.min(), "channel_std_max": spread.max(),
             "effective_rank": np.exp(-(share * np.log(share)).sum()), "high_frequency": high,
             "density_gini": (2 * rank - len(rows) - 1) @ density / (len(rows) * density.sum()),
-            "gmm_nll": gmm_nll(white[:half], white[half:]), "channel_std": spread.tolist(),
+            "gmm_nll": gmm_nll(varying[:half], varying[half:]), "channel_std": spread.tolist(),
             "spectrum": share[::-1].tolist(), "spatial_power": power}
 
 

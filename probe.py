@@ -120,7 +120,8 @@ def sit_features(args, vae_path, vae_hash, device):
         z_t, _ = interpolate(data.normalize_latents(z, mean, std), eps, t)
         y = torch.full((len(z),), model.null_label, device=device)
         return model.features(z_t, t, y, args.block).mean(1)
-    name = f"sit-{common.state_hash(model.state_dict())[:12]}-block{args.block}-t{args.t}-seed{args.seed}"
+    seen = common.state_hash({**model.state_dict(), "mean": mean, "std": std})[:12]
+    name = f"sit-{seen}-block{args.block}-t{args.t}-seed{args.seed}"
     return name, features
 
 
@@ -458,9 +459,9 @@ def open_sets(args) -> list:
     if args.class_data:
         sets.append(open_attributes(args.class_data, args.image_size, args.num_train, args.seed))
         sets[1].names = []
-    if (args.classes or not sets[0].names) and len(sets[-1].class_names) < 2:
-        raise ValueError(f"--data {args.data} has no classes to probe; want --class-data DIR, a folder per "
-                         "class, or attributes")
+    if (args.classes or args.class_data or not sets[0].names) and len(sets[-1].class_names) < 2:
+        raise ValueError(f"{args.class_data or args.data} has no classes to probe; want --class-data DIR, a "
+                         "folder per class, or attributes")
     return sets
 
 
@@ -503,16 +504,17 @@ def run(args, device) -> dict:
     report = {"vaes": results, "labels": labels, "args": vars(args), "versions": common.versions(),
               "images": {name: len(split.rows) for name, split in sets[0].splits.items()},
               "notes": [note for found in sets for note in found.notes]}
+    if args.report:
+        report["report"] = report_rows(results, fids)
+    Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")  # before the pictures
     base = Path(args.out).with_suffix("")
     draw_results(f"{base}.png", results, labels)
     if args.report:
-        report["report"] = report_rows(results, fids)
         text = markdown(report["report"], labels)
         common.print0(f"\n{text}")
         images, _ = sets[0].splits["test"].images.__getitems__(sets[0].splits["test"].rows[:12])
         draw_pca(f"{base}_pca.png", paths, labels, images, args, device)
         Path(f"{base}_report.md").write_text(f"{text}\n\n![]({base.name}_pca.png)\n\n![]({base.name}.png)\n")
-    Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     return report
 
 

@@ -2,6 +2,7 @@
 
     pytest tests/test_fid.py          about 60 s on 2 CPU cores, half of it Inception at 299 px
 """
+import argparse
 import copy
 import hashlib
 import json
@@ -474,6 +475,22 @@ def test_nearest_rows_equal_brute_force_and_find_planted_copies(block):
     assert (ratio[:8] < 0.01).all() and indices[:8, 0].tolist() == [*range(10, 18)]
     exact = image_metrics.closer_than_training(torch.from_numpy(train), torch.from_numpy(train))[0]
     assert (exact < 1e-6).all()
+    twice = torch.from_numpy(np.concatenate([gaussian(40, 2048, 28)] * 2) + 3)  # each training row twice
+    assert (image_metrics.closer_than_training(twice, twice[:20])[0] == 0).all()
+    assert (image_metrics.closer_than_training(twice, twice[:20] + 0.01)[0] > 1).all()
+
+
+def test_a_table_shows_every_measure_of_every_set_and_a_dash_where_there_is_none(capsys, tmp_path):
+    """Labelled samples have a class accuracy, those of a folder have not, whichever comes first."""
+    sets = {"a.npz": {"n": 5, "fd": 1.5, "class_accuracy": 0.25}, "b": {"n": 6, "fd": 2.5, "kid": 0.125}}
+    for order in (sets, dict(reversed(sets.items()))):
+        args = argparse.Namespace(out=str(tmp_path / "out.json"))
+        fid.report("FID vs x", {"sets": order}, args, common.Proc(0, 1, torch.device("cpu")))
+        _, header, *rows = capsys.readouterr().out.splitlines()
+        cells = {row.split()[0]: dict(zip(header.split(), row.split())) for row in rows}
+        assert cells["a.npz"]["class_accur"] == "0.2500" and cells["a.npz"]["kid"] == "-"
+        assert cells["b"]["class_accur"] == "-" and cells["b"]["kid"] == "0.1250"
+        assert json.loads((tmp_path / "out.json").read_text())["sets"] == sets
 
 
 def test_about_half_of_unseen_points_are_closer_to_training_than_training_is_to_itself():

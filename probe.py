@@ -86,18 +86,6 @@ def mapper_features(path, device):
         clean_tokens(mapper, z).mean(1)
 
 
-def sit_statistics(args, content, vae_path, channels) -> tuple:
-    """Return (mean, std) of the latents of --sit: in its file, else --latent-stats, else beside the VAE."""
-    inside = weights.statistics_of(content)
-    if inside is None and args.latent_stats:
-        inside = weights.read_statistics(args.latent_stats, channels)
-    found = inside or weights.find_statistics(vae_path, channels)
-    if found is None:
-        raise ValueError(f"no latent statistics in {args.sit} or beside {vae_path}: give --latent-stats FILE "
-                         "(0.18215 for SD-VAE with SiT's and REPA's checkpoints)")
-    return found[:2]
-
-
 def sit_features(args, vae_path, vae_hash, device):
     """Return (name with hash, function (z raw, rows) -> mean token (B, D)) of --sit after --block at --t.
 
@@ -112,7 +100,8 @@ def sit_features(args, vae_path, vae_hash, device):
     model.to(device)
     if model.null_label is None:
         raise ValueError(f"--sit {args.sit} has no null label, and the true one would give the answer away")
-    mean, std = sit_statistics(args, content, vae_path, model.config.in_channels)
+    mean, std = weights.statistics_of(content) if meta else weights.statistics_for(
+        args.sit, content, vae_path, vae_hash, model.config.in_channels, args.latent_stats)[:2]
 
     def features(z, rows):
         eps = common.noise_for(z.shape[1:], rows.tolist(), device, args.seed, "probe")

@@ -132,42 +132,24 @@ def open_models(args):
 
 def published_meta(args, ckpt, model, content, vae, vae_path, vae_hash):
     """Return what encode.py's meta says, for a published SiT and VAE; ValueError where they do not fit."""
-    channels, inside = vae.post_quant_conv.in_channels, weights.statistics_of(content)
+    channels = vae.post_quant_conv.in_channels
     if model.config.in_channels != channels:
         raise ValueError(f"{ckpt} takes latents of {model.config.in_channels} channels, {vae_path} makes "
                          f"{channels}: give --vae the VAE that this SiT was trained on")
-    if args.latent_stats:
-        mean, std = weights.read_statistics(args.latent_stats, channels)
-        source = args.latent_stats
-    else:
-        beside = weights.find_statistics(vae_path, channels)
-        if inside is None and beside is None:
-            raise ValueError(f"no latent statistics in {ckpt} or beside {vae_path}: give --latent-stats FILE "
-                             "(0.18215 for SD-VAE with SiT's and REPA's checkpoints)")
-        mean, std, source = (*inside, f"BatchNorm of {ckpt}") if inside else beside
-        if inside and beside and not (torch.allclose(std, beside[1], rtol=0.05)
-                                      and ((mean - beside[0]).abs() <= 0.05 * std).all()):
-            raise ValueError(f"statistics {stats_hash(mean, std)[:12]} of the latents inside {ckpt} are not "
-                             f"{stats_hash(*beside[:2])[:12]} of {beside[2]}: another VAE than the SiT's? "
-                             "--latent-stats FILE decides")
+    mean, std, source = weights.statistics_for(ckpt, content, vae_path, vae_hash, channels, args.latent_stats)
     side = model.config.input_size
     return {"channels": channels, "latent_size": [side, side], "num_classes": model.config.num_classes,
             "class_names": [], "vae": str(vae_path), "vae_hash": vae_hash, "source": str(source),
             "mean": mean.tolist(), "std": std.tolist()}
 
 
-def stats_hash(mean, std) -> str:
-    """Return the sha256 of latent statistics, tensors or lists."""
-    numbers = [torch.as_tensor(part).tolist() for part in (mean, std)]
-    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
-
-
 @torch.no_grad()
 def check_sanity(args, vae, meta, facts, device):
     """Decode 8 images' latents through the statistics, print the PSNR to vae(x); ValueError if they are off.
 
-    For a SiT of ours the latents are those stored where it was trained, as long as they are there; else, and
-    with --sanity DATA, the images are encoded. Normalised they must also be of about unit size.
+    For a SiT of ours the latents are those stored where it was trained, as long as they are there: the PSNR
+    compares them with vae(x). Else, and with --sanity DATA, the images are encoded, and the PSNR only checks
+    the arithmetic. The statistics themselves show in the size of the normalised latents: about 1.
     """
     dataset = data.open_dataset(args.sanity or meta.get("data", data.DEFAULT_DATA),
                                 vae.stride * meta["latent_size"][0])
@@ -206,7 +188,7 @@ def sample(args, proc):
     common.print0(f"{num} images: {facts['checkpoint']} (step {facts['step']}, {args.weights} weights, "
                   f"{sum(p.numel() for p in model.parameters()):,} parameters), {args.sampler} {args.steps} "
                   f"steps = {evaluations} evaluations, cfg {args.cfg:g} in {tuple(args.cfg_interval)}; "
-                  f"latent statistics {stats_hash(meta['mean'], meta['std'])[:12]}, "
+                  f"latent statistics {weights.statistics_hash(meta['mean'], meta['std'])[:12]}, "
                   f"{facts['latent_statistics']}")
     if args.dry_run:
         return None
@@ -258,7 +240,7 @@ def write(args, images, labels, meta, facts):
     columns = min(meta["num_classes"], 10) if args.labels == "balanced" and meta["num_classes"] > 1 \
         else max(1, math.isqrt(len(shown)))
     data.save_grid(folder / "grid.png", shown, columns=columns, scale=max(1, 64 // images.shape[1]))
-    stats = stats_hash(meta["mean"], meta["std"])
+    stats = weights.statistics_hash(meta["mean"], meta["std"])
     protocol = {**{k: v for k, v in vars(args).items()}, **facts, "latent_statistics_sha256": stats,
                 "class_names": meta["class_names"][:100], **common.versions()}
     (folder / "protocol.json").write_text(json.dumps(protocol, indent=1))

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import fetch, load_strictly, read_file, resolve, save_statistics, sit_state, statistics_of
+from weights import (fetch, load_strictly, read_file, resolve, save_pt, save_statistics, sit_state,
+                     statistics_of)
 
 
 # pieces that mapper.py shares
@@ -482,8 +483,7 @@ def export(kind: str, out, path, which: str = "ema") -> None:
         state |= {"bn.running_mean": statistics[0], "bn.running_var": statistics[1].square(),
                   "bn.num_batches_tracked": torch.tensor(content.get("step", 0))}
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"ema": state}, out)
+    save_pt(out, {"ema": state})
     if statistics is not None:
         save_statistics(out.with_name(f"{out.stem}-latents-stats.pt"), *statistics)
 

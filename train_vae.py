@@ -128,9 +128,9 @@ class Critic(nn.Module):
 def build(args, image_size):
     """Return (vae, mapper or None, teacher or None, lpips or None, critic or None), on the CPU."""
     vae = VAE(VAE_SIZES[args.vae]) if args.init == "none" else load_vae(weights.resolve(args.init))
-    if vae.config != VAE_SIZES[args.vae]:
+    if vae.config.network != VAE_SIZES[args.vae].network:
         held = vae.config.z_channels, vae.stride
-        name = next((f"{k}: give --vae {k}" for k, v in VAE_SIZES.items() if v == vae.config),
+        name = next((f"{k}: give --vae {k}" for k, v in VAE_SIZES.items() if v.network == vae.config.network),
                     f"a VAE of {held[0]} channels at 1/{held[1]}, which --vae has no name for")
         raise ValueError(f"--vae asks for {args.vae}, --init {args.init} holds {name}")
     if image_size % vae.stride:

@@ -36,6 +36,12 @@ class VAEConfig:
     stem: int = 1                    # fold stem x stem pixels into channels; 1 = the published network
     norm_groups: int = 32
 
+    @property
+    def network(self):
+        """What the network depends on: f8d4's attn_resolutions are never hit, so () is the same network."""
+        return (level_shapes(self), self.num_res_blocks, self.z_channels, self.embed_dim or self.z_channels,
+                self.in_channels, self.stem, self.norm_groups)
+
 
 # f16d32 and f8d4 are the released files (REPA-E's models/autoencoder.py, VA-VAE's configs); tiny is ours, for
 # 32x32 images on a CPU: folding the pixels first saves the convolutions at full resolution, the dearest ones
@@ -303,7 +309,7 @@ def load_vae(path: str | Path) -> VAE:
     if model_config is not None:
         cfg = VAEConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in model_config.items()})
     elif about.is_file():
-        cfg = config_from_diffusers(json.loads(about.read_text()))
+        cfg = config_from_diffusers(weights.read_json(about), about)
     else:
         cfg = infer_config(state, path)
     with torch.device("meta"):  # no time spent on initial weights
@@ -351,7 +357,7 @@ def likely_reason(state, wrong):
     return "another architecture; a folder in diffusers format brings its own config.json"
 
 
-def config_from_diffusers(config):
+def config_from_diffusers(config, path="config.json"):
     """Return the VAEConfig of diffusers' AutoencoderKL config.json; ValueError if we have no such network."""
     want = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": True,
             "use_post_quant_conv": True, "mid_block_add_attention": True}
@@ -359,10 +365,10 @@ def config_from_diffusers(config):
     keys = ("block_out_channels", "down_block_types", "layers_per_block", "latent_channels")
     odd += [f"no {key}" for key in keys if key not in config]
     if odd:
-        raise ValueError(f"config.json: {weights.summary(odd)}: not an AutoencoderKL that vae.py has")
+        raise ValueError(f"{path}: {weights.summary(odd)}: not an AutoencoderKL that vae.py has")
     widths, kinds, blocks, z_channels = (config[key] for key in keys)
     if any(width % widths[0] for width in widths):
-        raise ValueError(f"config.json: widths {widths}, vae.py takes multiples of the first")
+        raise ValueError(f"{path}: widths {widths}, vae.py takes multiples of the first")
     side = 256  # nominal: attention is where down_block_types says, whatever sample_size is
     return VAEConfig(
         ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), num_res_blocks=blocks,
@@ -402,9 +408,10 @@ def export(kind, out, path, latent_stats=None, licence=None):
     path = weights.resolve(path)
     vae, out = load_vae(path), Path(out)
     channels = vae.post_quant_conv.in_channels
-    statistics = (*weights.read_statistics(latent_stats, channels), latent_stats) if latent_stats else \
-        weights.find_statistics(path, channels)
+    from common import state_hash
     state = vae.state_dict()
+    statistics = (*weights.read_statistics(latent_stats, channels, state_hash(state)), latent_stats) \
+        if latent_stats else weights.find_statistics(path, channels)
     if kind == "diffusers":
         config = diffusers_config(vae.config, statistics)
         weights.save_safetensors(out / weights.DIFFUSERS_FILES[0], weights.to_diffusers(state))
@@ -415,8 +422,7 @@ def export(kind, out, path, latent_stats=None, licence=None):
     if kind == "safetensors":
         weights.save_safetensors(out, state)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, out)
+        weights.save_pt(out, state)
     if statistics:
         weights.save_statistics(out.with_name(f"{out.stem}-latents-stats.pt"), *statistics[:2])
     return statistics

@@ -14,6 +14,7 @@ Statistics of a published VAE's latents come from the file beside it: <name>-lat
 latents_stats.pt (VA-VAE) or diffusers' config.json. They become (mean, std) of data.normalize_latents.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -151,7 +152,8 @@ def load_strictly(module, state: dict, path, reason: str) -> None:
 # published layouts
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-TRAINING_KEYS = ("loss.", "foundation_model.", "linear_proj.")  # beside the VAE in VA-VAE and LDM checkpoints
+# beside the VAE in checkpoints of VA-VAE and LDM
+TRAINING_KEYS = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 
 # diffusers' AutoencoderKL and ours, replaced in either direction; its older files name attention otherwise
 DIFFUSERS_NAMES = (
@@ -191,14 +193,12 @@ def sit_state(content, path, which: str = "ema") -> dict:
     """
     name = {"ema": "ema", "raw": "model"}[which]
     state = content if isinstance(content, dict) else {}
-    if "model" in state:
+    if "model" in state or "ema" in state:
         if state.get("format", "nanosendvae-sit") != "nanosendvae-sit":
             raise ValueError(f"{path}: {describe(content)}, not a SiT: give one of train_sit.py")
         if not state.get(name):
             other = {"ema": "raw", "raw": "ema"}[which]
             raise ValueError(f"{path} holds no {which.replace('ema', 'EMA')} weights; use --weights {other}")
-        state = state[name]
-    elif name in state:
         state = state[name]
     state = unwrap(state)
     if any("blocks.0.mlp.w12." in key for key in state) or "x_embedder.proj.weight" not in state:
@@ -247,7 +247,7 @@ def _rename(state, names):
             key = key.replace(old, new)
         renamed[key] = value
     level = r"^(decoder\.up(?:_blocks)?\.)(\d+)"
-    last = max(int(found[2]) for key in renamed if (found := re.match(level, key)))
+    last = max((int(found[2]) for key in renamed if (found := re.match(level, key))), default=0)
     return {re.sub(level, lambda found: f"{found[1]}{last - int(found[2])}", key): value
             for key, value in renamed.items()}
 
@@ -263,12 +263,14 @@ def statistics_of(content) -> tuple | None:
     """
     if not isinstance(content, dict):
         return None
-    if "latents_scale" in content:
+    if "latents_scale" in content and "latents_bias" in content:
         mean, std = content["latents_bias"], 1 / content["latents_scale"]
     elif "mean" in content and "std" in content:
         mean, std = content["mean"], content["std"]
     elif content.get("_class_name") == "AutoencoderKL":
         scaling, channels = content.get("scaling_factor") or 0.18215, content.get("latent_channels", 4)
+        if scaling == 1 and not any(map(content.get, ("latents_mean", "latents_std", "shift_factor"))):
+            return None  # what stands there where nobody knew them
         mean = content.get("latents_mean") or [content.get("shift_factor") or 0.0] * channels
         std = [s / scaling for s in content.get("latents_std") or [1.0] * channels]
     elif "latents" in content and content.get("format") == "nanosendvae-sit":
@@ -280,19 +282,55 @@ def statistics_of(content) -> tuple | None:
             return None
         # REPA-E normalises by sqrt(var + 1e-4) and denormalises by sqrt(var); sampling needs the latter
         mean, std = state["bn.running_mean"], state["bn.running_var"].sqrt()
-    return tuple(torch.as_tensor(value, dtype=torch.float32).flatten() for value in (mean, std))
+    # a copy: the file is mapped, and may be written over while this is in use
+    return tuple(torch.as_tensor(value, dtype=torch.float32).flatten().clone() for value in (mean, std))
 
 
-def read_statistics(path, channels: int) -> tuple:
+def statistics_hash(mean, std) -> str:
+    """Return the sha256 of latent statistics, tensors or lists."""
+    numbers = [torch.as_tensor(part).tolist() for part in (mean, std)]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
+
+
+def statistics_for(sit, content, vae_path, vae_hash: str, channels: int, latent_stats=None) -> tuple:
+    """Return (mean, std, source) for a published SiT `sit` of this file content on the latents of a VAE.
+
+    latent_stats (the flag) decides; else those in the SiT's file; else those beside the VAE. ValueError
+    if there are none, if the last two contradict each other, or if they are of another VAE.
+    """
+    if latent_stats:
+        return *read_statistics(latent_stats, channels, vae_hash), str(latent_stats)
+    inside, beside = statistics_of(content), find_statistics(vae_path, channels)
+    if inside is None and beside is None:
+        raise ValueError(f"no latent statistics in {sit} or beside {vae_path}: give --latent-stats FILE "
+                         "(0.18215 for SD-VAE with SiT's and REPA's checkpoints)")
+    if inside is None:
+        return beside
+    mean, std = _checked(inside, sit, channels)
+    if beside and not (torch.allclose(std, beside[1], rtol=0.05)
+                       and ((mean - beside[0]).abs() <= 0.05 * std).all()):
+        raise ValueError(f"statistics {statistics_hash(mean, std)[:12]} of the latents inside {sit} are not "
+                         f"{statistics_hash(*beside[:2])[:12]} of {beside[2]}: another VAE than the SiT's? "
+                         "--latent-stats FILE decides")
+    return mean, std, f"inside {sit}"
+
+
+def read_statistics(path, channels: int, vae_hash: str | None = None) -> tuple:
     """Return (mean, std), each (channels,) fp32, of --latent-stats.
 
     path: statistics file (as in `statistics_of`), folder written by encode.py or in diffusers format, or a
-    number s for z' = s * z (SD-VAE with SiT and REPA: 0.18215). Raises ValueError if it does not fit.
+    number s for z' = s * z (SD-VAE with SiT and REPA: 0.18215). Raises ValueError if it does not fit, or
+    is of another VAE than the one of vae_hash (encode.py's folders say of which they are).
     """
     try:
         scale = float(str(path))
     except ValueError:
-        return _checked(statistics_of(_read_any(path)), path, channels)
+        content = _read_any(path)
+        found = content.get("vae_hash", vae_hash) if isinstance(content, dict) else vae_hash
+        if vae_hash and found != vae_hash:
+            raise ValueError(f"{path}: statistics of the latents of VAE {found[:12]}, this is VAE "
+                             f"{vae_hash[:12]}; encode with this one") from None
+        return _checked(statistics_of(content), path, channels)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"--latent-stats {path}: a scale must be a positive number, such as 0.18215")
     return torch.zeros(channels), torch.full((channels,), 1 / scale)
@@ -318,11 +356,16 @@ def _read_any(path):
         files = [Path(path) / name for name in ("meta.json", "config.json")]
         path = next(filter(Path.is_file, files), path)
     file = fetch(path)
-    if file.suffix != ".json":
-        return read_file(file)
+    return read_json(file) if file.suffix == ".json" else read_file(file)
+
+
+def read_json(path):
+    """Return the content of a JSON file. Raises FileNotFoundError or ValueError, one line each."""
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
 
 
@@ -350,19 +393,31 @@ def find_statistics(vae_path, channels: int) -> tuple | None:
     return None
 
 
-# writing
+# writing: to a temporary name first, because the old file may be what is being read (mapped)
+
+def save_pt(path, content) -> None:
+    """Write `content` as torch.save does, making the folder; `path` is the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
 
 def save_safetensors(path, state: dict) -> None:
     """Write a state dict as fp32 .safetensors, with the metadata that transformers and diffusers expect."""
     from safetensors.torch import save_file  # comes with timm
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.float().contiguous() for key, value in state.items()}
-    save_file(state, path, metadata={"format": "pt"})
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(state, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
 
 
 def save_statistics(path, mean, std) -> None:
     """Write (mean, std), each (C,), as REPA-E's {latents_scale, latents_bias}, each (1, C, 1, 1)."""
-    torch.save({"latents_scale": 1 / std.view(1, -1, 1, 1), "latents_bias": mean.view(1, -1, 1, 1)}, path)
+    save_pt(path, {"latents_scale": 1 / std.view(1, -1, 1, 1), "latents_bias": mean.view(1, -1, 1, 1)})
 
 
 def model_card(source, content, statistics, licence: str | None) -> str:
@@ -375,8 +430,8 @@ def model_card(source, content, statistics, licence: str | None) -> str:
     args, versions = (content["args"], content.get("versions", {})) if ours else ({}, {})
     start = args.get("init", source)
     page = re.match(r"hf://([\w.-]+/[\w.-]+)", str(start))
-    terms = licence or ("none of others: trained from scratch" if start == "none" else
-                        f"see https://huggingface.co/{page[1]}" if page else "not recorded")
+    terms = ("none of others: trained from scratch" if start == "none" else
+             f"see https://huggingface.co/{page[1]}" if page else "not recorded")
     title = "# KL autoencoder " + ("trained with" if ours else "converted by") + " nanoSendVAE"
     lines = ["---", f"license: {licence or 'unknown'}", "library_name: diffusers", "---", "", title, "",
              f"* exported from: `{Path(str(source)).name}`" + (f", step {content['step']:,}" if ours else ""),
@@ -390,7 +445,7 @@ def model_card(source, content, statistics, licence: str | None) -> str:
     known = statistics and f"in config.json, from `{Path(str(statistics[2])).name}`"
     lines += ["* statistics of the latents, z' = (z - latents_mean) / latents_std: "
               + (known or "not known, encode.py computes them")]
-    rows = _evaluations(source) if ours else []
+    rows = _evaluations(source, content["step"]) if ours else []
     if rows:
         lines += ["", "## Metrics", "", *(f"* {key}: {value}" for key, value in rows)]
     if ours:
@@ -400,10 +455,14 @@ def model_card(source, content, statistics, licence: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _evaluations(checkpoint):
-    """The last evaluation in the log.jsonl beside a checkpoint, as (name, value); [] without one."""
-    log = Path(checkpoint).parent / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    rows = [row for row in rows if "psnr_db" in row]
+def _evaluations(checkpoint, step):
+    """The last evaluation up to `step` in the log.jsonl beside a checkpoint, as (name, value); [] if none."""
+    log, rows = Path(checkpoint).parent / "log.jsonl", []
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a killed run may leave half a line
+            continue
+    rows = [row for row in rows if "psnr_db" in row and row["step"] <= step]
     keys = ("step", "eval_images", "psnr_db", "align_clean", "kl_per_dim_nats", "effective_rank")
     return [(key, rows[-1][key]) for key in keys if key in rows[-1]] if rows else []

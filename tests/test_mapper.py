@@ -76,12 +76,13 @@ ZOO = [("vit_small_patch14_dinov2.lvd142m", 14, 1), ("vit_base_patch14_dinov2.lv
        ("vit_small_patch16_dinov3.lvd1689m", 16, 5), ("vit_base_patch16_dinov3.lvd1689m", 16, 5),
        ("vit_large_patch16_dinov3.lvd1689m", 16, 5), ("vit_huge_plus_patch16_dinov3.lvd1689m", 16, 5),
        ("vit_base_patch16_siglip_256.webli", 16, 0), ("vit_large_patch16_siglip_256.webli", 16, 0),
-       ("vit_so400m_patch14_siglip_224.webli", 14, 0), ("vit_base_patch16_clip_224.openai", 16, 1),
-       ("vit_large_patch14_clip_224.openai", 14, 1), ("vit_base_patch16_224.mae", 16, 1),
+       ("vit_so400m_patch14_siglip_224.webli", 14, 0), ("vit_base_patch16_clip_quickgelu_224.openai", 16, 1),
+       ("vit_large_patch14_clip_quickgelu_224.openai", 14, 1), ("vit_base_patch16_224.mae", 16, 1),
        ("vit_large_patch16_224.mae", 16, 1), ("vit_huge_patch14_224.mae", 14, 1),
        ("vit_huge_patch14_gap_224.in1k_ijepa", 14, 0), ("vit_giant_patch16_gap_224.in22k_ijepa", 16, 0)]
 RUN = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4", "vit_small_patch16_dinov3",  # one of each family
-       "vit_base_patch16_siglip", "vit_base_patch16_clip", "vit_base_patch16_224.mae", "vit_huge_patch14_gap")
+       "vit_base_patch16_siglip", "vit_base_patch16_clip_quickgelu", "vit_base_patch16_224.mae",
+       "vit_huge_patch14_gap")
 
 
 @pytest.mark.parametrize("name, patch, prefix", ZOO, ids=[name for name, *_ in ZOO])

@@ -456,7 +456,8 @@ def test_labels_cannot_reach_the_sit(checkpoints, monkeypatch):
     features = function(z, np.arange(6))
     torch.testing.assert_close(function(z[3:], np.arange(3, 6)), features[3:])  # noise by image, not batch
     assert not torch.equal(function(z, np.arange(1, 7)), features)
-    monkeypatch.setattr(probe, "sit_statistics", lambda *_: (torch.zeros(CHANNELS), torch.ones(CHANNELS) * 2))
+    other = torch.zeros(CHANNELS), torch.ones(CHANNELS) * 2
+    monkeypatch.setattr(probe.weights, "statistics_of", lambda content: other)
     assert probe.sit_features(args, "vae", vae_hash, "cpu")[0] != name
     monkeypatch.undo()
     for flags in (["--block", "2"], ["--t", "0.5"], ["--seed", "1"]):  # each has a file of its own

@@ -101,7 +101,7 @@ def test_bare_and_wrapped_state_dicts_load(tmp_path, small, prefix):
 def test_a_va_vae_checkpoint_loads_without_its_training_parts(tmp_path, small):
     state = small.state_dict()
     extra = ("loss.logvar", "loss.discriminator.main.0.weight", "loss.perceptual_loss.lin0.model.1.weight",
-             "foundation_model.model.cls_token", "linear_proj.weight")
+             "foundation_model.model.cls_token", "linear_proj.weight", "model_ema.decay")
     content = {"state_dict": {**state, **{key: torch.zeros(2) for key in extra}}, "global_step": 7}
     assert same(load_vae(saved(tmp_path / "vavae.ckpt", content)), state)
     content["state_dict"]["surprise.weight"] = torch.zeros(1)
@@ -315,7 +315,8 @@ def test_train_vae_starts_from_every_init_and_disc_init(tmp_path, small):
     def build(*flags):
         args = train_vae.parse_args(["--vae", "small", "--align", "0", "--lpips", "0", *map(str, flags)])
         return train_vae.build(args, 32)
-    disc, diffusers = PatchDiscriminator(), write_diffusers(tmp_path / "vae", ".bin")
+    disc = PatchDiscriminator()
+    write_diffusers(tmp_path / "vae", ".bin")
     saved(tmp_path / "disc.pt", disc.state_dict())
     path = saved(tmp_path / "vae.pt", small.state_dict())
     model, *_, critic = build("--init", path, "--disc-init", tmp_path / "disc.pt")
@@ -329,7 +330,21 @@ def test_train_vae_starts_from_every_init_and_disc_init(tmp_path, small):
     state = {**disc.state_dict(), "main.3.loc": torch.zeros(1)}
     with pytest.raises(ValueError, match="main.3.loc is unexpected: PatchGAN with ActNorm"):
         load_discriminator(saved(tmp_path / "actnorm.pt", state))
-    assert diffusers
+    vae.main(["--export", "diffusers", str(tmp_path / "mine"), "--vae", str(path)])
+    model, *_ = build("--init", tmp_path / "mine")
+    assert same(model, small.state_dict())
+
+
+def test_the_published_sd_vae_of_diffusers_is_f8d4():
+    """Its config.json says that no level has attention, ours that level 16 would: there is none."""
+    about = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
+             "layers_per_block": 2, "latent_channels": 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "norm_num_groups": 32}
+    found = vae.config_from_diffusers(about)
+    assert found.network == VAE_SIZES["f8d4"].network != VAE_SIZES["f16d32"].network
+    with torch.device("meta"):
+        shapes = [{key: value.shape for key, value in VAE(cfg).state_dict().items()}
+                  for cfg in (found, VAE_SIZES["f8d4"])]
+    assert shapes[0] == shapes[1]
 
 
 def test_f8_given_as_f16_is_one_line(tmp_path, monkeypatch):
@@ -409,6 +424,40 @@ def test_statistics_are_found_beside_the_vae_in_its_publishers_way(tmp_path, sma
         weights.find_statistics(path, 32)
 
 
+def test_statistics_that_nobody_knows_or_of_another_vae_are_not_taken(tmp_path, small):
+    vae.main(["--export", "diffusers", str(tmp_path / "out"), "--vae", str(ours(tmp_path / "vae", small))])
+    assert weights.find_statistics(tmp_path / "out", 4) is None  # its config.json holds a scale of 1
+    assert weights.statistics_of({"latents_scale": torch.ones(4)}) is None
+    (tmp_path / "latents").mkdir()
+    about = {"mean": MEAN.tolist(), "std": STD.tolist(), "vae_hash": common.state_hash(small.state_dict())}
+    (tmp_path / "latents" / "meta.json").write_text(json.dumps(about))
+    flags = ["--vae", str(tmp_path / "vae"), "--latent-stats", str(tmp_path / "latents")]
+    vae.main(["--export", "diffusers", str(tmp_path / "a"), *flags])
+    assert torch.equal(weights.find_statistics(tmp_path / "a", 4)[1], STD)
+    (tmp_path / "latents" / "meta.json").write_text(json.dumps({**about, "vae_hash": "0123456789abcdef"}))
+    with pytest.raises(ValueError, match="statistics of the latents of VAE 0123456789ab, this is VAE"):
+        vae.main(["--export", "diffusers", str(tmp_path / "b"), *flags])
+
+
+def test_statistics_may_be_written_over_the_file_that_they_were_read_from(tmp_path):
+    """The file is mapped while it is read: writing into it would end the process by a bus error."""
+    path = as_repa_e(tmp_path / "s.pt")
+    for _ in range(2):
+        mean, std = weights.read_statistics(path, 4)
+        weights.save_statistics(path, mean, std)
+    assert torch.equal(mean, MEAN) and torch.equal(std, STD)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.pt"]
+
+
+def test_a_model_card_shows_the_evaluation_of_its_step_whatever_came_later(tmp_path, small):
+    path = ours(tmp_path / "vae", small)
+    with open(tmp_path / "vae" / "log.jsonl", "a") as log:
+        log.write('\n{"step": 12, "psnr_db": 99.0}\n{"step": 13, "psnr_')  # killed while writing
+    vae.main(["--export", "diffusers", str(tmp_path / "out"), "--vae", str(path), "--license", "mit"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "psnr_db: 27.5" in card and "99.0" not in card
+
+
 def test_statistics_on_the_hub_are_asked_for_beside_the_vae(monkeypatch, tmp_path):
     import huggingface_hub
     stats, asked = as_repa_e(tmp_path / "s.pt"), []
@@ -457,7 +506,9 @@ def test_diffusers_loads_our_export_and_encodes_and_decodes_alike(tmp_path, smal
     assert common.state_hash(back.state_dict()) == common.state_hash(small.state_dict())
     assert torch.equal(weights.find_statistics(tmp_path / "out", 4)[0], MEAN)
     card = (tmp_path / "out" / "README.md").read_text()
-    for line in ("license: mit", "start weights: hf://hustvl/vavae/a.pt; their licence: mit", "--lr 0.0003",
+    for line in ("license: mit",
+                 "start weights: hf://hustvl/vavae/a.pt; their licence: see https://huggingface.co/hustvl/vavae",
+                 "--lr 0.0003",
                  "data: data/imagenet/train, 256 px, 9,216 seen", "psnr_db: 27.5", "align_clean: 0.3"):
         assert line in card, line
 
@@ -664,6 +715,19 @@ def test_a_file_without_a_sit_is_one_clear_line(tmp_path, small, content, messag
     with pytest.raises(ValueError, match=message) as caught:
         load_sit(saved(tmp_path / "a.pt", content(small)))
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_diffusers_folders_and_missing_weights_are_one_clear_line(tmp_path):
+    theirs = write_diffusers(tmp_path / "vae", ".bin")
+    (tmp_path / "vae" / "config.json").write_text("<html>")
+    with pytest.raises(ValueError, match="vae/config.json: not readable as JSON"):
+        load_vae(tmp_path / "vae")
+    half = {key: value for key, value in theirs.items() if key.startswith("encoder")}
+    with pytest.raises(ValueError, match="half.pt.*a VAE without decoder"):
+        load_vae(saved(tmp_path / "half.pt", half))
+    bare = saved(tmp_path / "sit.pt", {"ema": random_sit().state_dict()})
+    with pytest.raises(ValueError, match="holds no raw weights; use --weights ema"):
+        load_sit(bare, "raw")
 
 
 def test_no_permission_is_one_clear_line(tmp_path, small):

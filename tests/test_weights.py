@@ -338,7 +338,8 @@ def test_train_vae_starts_from_every_init_and_disc_init(tmp_path, small):
 def test_the_published_sd_vae_of_diffusers_is_f8d4():
     """Its config.json says that no level has attention, ours that level 16 would: there is none."""
     about = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
-             "layers_per_block": 2, "latent_channels": 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "norm_num_groups": 32}
+             "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
+             "down_block_types": ["DownEncoderBlock2D"] * 4}
     found = vae.config_from_diffusers(about)
     assert found.network == VAE_SIZES["f8d4"].network != VAE_SIZES["f16d32"].network
     with torch.device("meta"):
@@ -507,7 +508,8 @@ def test_diffusers_loads_our_export_and_encodes_and_decodes_alike(tmp_path, smal
     card = (tmp_path / "out" / "README.md").read_text()
     for line in ("license: mit",
                  "start weights: hf://hustvl/vavae/a.pt; their licence: see https://huggingface.co/hustvl",
-                 "--lr 0.0003", "data: data/imagenet/train, 256 px, 9,216 seen", "psnr_db: 27.5", "align_clean: 0.3"):
+                 "--lr 0.0003", "data: data/imagenet/train, 256 px, 9,216 seen", "psnr_db: 27.5",
+                 "align_clean: 0.3"):
         assert line in card, line
 
 

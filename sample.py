@@ -126,7 +126,7 @@ def open_models(args):
     return model, vae, meta, dict(
         checkpoint=str(ckpt), checkpoint_sha256=file_hash(weights.fetch(ckpt)),
         step=content.get("step", content.get("steps")), vae=str(vae_path), vae_hash=found,
-        latents=content["args"]["latents"] if "source" not in meta else None,
+        latents=content["args"].get("latents") if "source" not in meta else None,
         latent_statistics=meta.get("source", "in the checkpoint"))
 
 

@@ -20,7 +20,7 @@ import data
 import latent_metrics
 import probe
 from mapper import Mapper, MapperConfig
-from sit import SiT, SiTConfig
+from sit import SIT_SIZES, SiT, SiTConfig
 from vae import VAE, VAE_SIZES
 
 CHANNELS = VAE_SIZES["tiny"].z_channels
@@ -470,10 +470,11 @@ def test_labels_cannot_reach_the_sit(checkpoints, monkeypatch):
         probe.sit_features(args, "vae", vae_hash, "cpu")
 
 
-def test_a_published_sit_is_probed_with_the_statistics_that_it_is_given(checkpoints, tmp_path):
+def test_a_published_sit_is_probed_with_the_statistics_that_it_is_given(checkpoints, tmp_path, monkeypatch):
     """The same weights as a bare state dict: the features of our checkpoint, given its statistics."""
     ours, bare = str(checkpoints / "sit" / "ckpt_0000001.pt"), tmp_path / "sit.pt"
     stats = tmp_path / "stats.pt"
+    monkeypatch.setitem(SIT_SIZES, "test/1", dict(hidden_size=32, depth=2, num_heads=2, patch_size=1))
     state = common.load_checkpoint(ours)
     torch.save(state["ema"] or state["model"], bare)
     torch.save({key: torch.tensor(state["latents"][key]) for key in ("mean", "std")}, stats)

@@ -575,7 +575,7 @@ def test_a_published_sit_and_vae_sample_as_their_own_code_would(tmp_path, small,
     assert np.abs(found - data.to_uint8(x).permute(0, 2, 3, 1).numpy()).max() <= 1
     protocol = json.loads((tmp_path / "s" / "protocol.json").read_text())
     assert protocol["vae_hash"] == common.state_hash(small.state_dict())
-    assert protocol["latent_statistics"] == (f"BatchNorm of {ckpt}" if pair == "REPA-E" else "0.18215")
+    assert protocol["latent_statistics"] == (f"inside {ckpt}" if pair == "REPA-E" else "0.18215")
 
 
 def test_a_pair_that_does_not_belong_together_is_an_error_that_names_both(tmp_path, small, monkeypatch):

@@ -93,6 +93,9 @@ def cli(main) -> None:
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # train_vae.py and train_sit.py catch the signal themselves, and save
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     finally:
         finish()
 

@@ -56,6 +56,8 @@ def open_images(source: str, size: int | None, split: str | None = None):
     """Return "shapes", a folder, an npz or npy file as a data set; folders are cropped to size (256)."""
     if str(source).endswith((".npz", ".npy")):
         return data.ArrayImages(source)
+    if Path(source).is_file():
+        raise ValueError(f"{source}: not images; want 'shapes', a folder, .npz or .npy")
     if source == "shapes":
         split = split_of(source, split)
         if split not in data.SHAPES_NUM:
@@ -364,6 +366,8 @@ def differences(old, new, rtol: float, key: str = ""):
 
 def run_again(args) -> dict:
     """Measure once more what a JSON file of this script says; ValueError names what came out otherwise."""
+    if not Path(args.file).is_file():
+        raise FileNotFoundError(f"{args.file}: no such file; want the JSON that fid.py wrote (--out)")
     try:
         old = json.loads(Path(args.file).read_text())
         before = argparse.Namespace(**old["args"])

@@ -433,13 +433,14 @@ def parse_args(argv=None):
 
 
 def check(args) -> None:
-    """Raise ValueError for flags that do not go together."""
+    """Raise ValueError for flags that do not go together; make the folder of --out."""
     if args.report and args.vae:
         raise ValueError("--report and --vae both name VAEs; give them to --report only")
     if args.fid_csv and not args.report:
         raise ValueError("--fid-csv is for --report VAE VAE VAE; without it there is no table of r")
     if not 0 <= args.t <= 1:
         raise ValueError(f"--t {args.t} is outside 0..1, where 0 is clean and 1 is noise")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of fitting
 
 
 def open_sets(args) -> list:

@@ -256,6 +256,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.steps < 1 or args.num < 0 or args.batch_size < 1:
         raise ValueError("--steps and --batch-size must be at least 1, --num at least 0")
+    if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
+        raise ValueError(f"--cfg-interval {args.cfg_interval[0]:g} {args.cfg_interval[1]:g}: want "
+                         "0 <= LO <= HI <= 1, in noise time (1 = pure noise)")
     proc, scales = common.setup(args.device), args.sweep_cfg
     if scales is None:
         return sample(args, proc)

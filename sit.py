@@ -484,8 +484,10 @@ def export(kind: str, out, path, which: str = "ema") -> None:
                   "bn.num_batches_tracked": torch.tensor(content.get("step", 0))}
     out = Path(out)
     save_pt(out, {"ema": state})
+    beside = out.with_name(f"{out.stem}-latents-stats.pt")
     if statistics is not None:
-        save_statistics(out.with_name(f"{out.stem}-latents-stats.pt"), *statistics)
+        save_statistics(beside, *statistics)
+    print(f"wrote {out}" + (f" and {beside}" if statistics is not None else ""))
 
 
 def parse_args(argv=None):
@@ -508,7 +510,6 @@ def main(argv=None):
     """Entry point of the command."""
     args = parse_args(argv)
     export(*args.export, resolve(args.ckpt), args.weights)
-    print(f"wrote {args.export[1]}")
 
 
 if __name__ == "__main__":

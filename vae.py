@@ -383,8 +383,8 @@ def diffusers_config(cfg, statistics):
     ValueError for what diffusers does not have: a stem, or embed_dim other than z_channels.
     """
     if cfg.stem != 1 or cfg.embed_dim not in (None, cfg.z_channels):
-        raise ValueError(f"diffusers has no AutoencoderKL with stem {cfg.stem}, embed_dim {cfg.embed_dim}: "
-                         "export f16d32 or f8d4, or use --export safetensors FILE")
+        raise ValueError(f"diffusers has no AutoencoderKL with stem {cfg.stem}, embed_dim {cfg.embed_dim} "
+                         "(such as --vae tiny): export f16d32 or f8d4, or use --export safetensors FILE")
     attn = ["Attn" if has_attn else "" for _, has_attn in level_shapes(cfg)]
     mean, std = (part.tolist() for part in statistics[:2]) if statistics else (None, None)
     scale = 1.0
@@ -452,7 +452,7 @@ def main(argv=None):
     args = parse_args(argv)
     statistics = export(*args.export, args.vae, args.latent_stats, args.license)
     print(f"wrote {args.export[1]}; latent statistics: "
-          + (f"from {statistics[2]}" if statistics else "none known, give --latent-stats"))
+          + (f"from {statistics[2]}, written with it" if statistics else "none known, give --latent-stats"))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def read_file(path):
     except PermissionError as error:
         raise ValueError(f"{path}: no permission to read it: chmod it, or copy it elsewhere") from error
     except OSError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
+        raise FileNotFoundError(f"{path}: no such file; train first, or give the weight file") from error
     if not head:
         raise ValueError(f"{path}: the file is empty: download or copy it again")
     if head.lstrip().startswith((b"<", b"version https://git-lfs")):
@@ -412,6 +412,9 @@ def save_safetensors(path, state: dict) -> None:
     state = {key: value.float().contiguous() for key, value in state.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(state, temporary, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)  # as open() would have it; the package makes files private
     os.replace(temporary, path)
 
 

@@ -493,6 +493,14 @@ def test_a_table_shows_every_measure_of_every_set_and_a_dash_where_there_is_none
         assert json.loads((tmp_path / "out.json").read_text())["sets"] == sets
 
 
+def test_files_that_are_no_images_and_protocols_that_are_not_there_are_named(tmp_path):
+    (tmp_path / "vae.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="vae.pt: not images; want 'shapes', a folder, .npz or .npy"):
+        fid.open_images(str(tmp_path / "vae.pt"), 32)
+    with pytest.raises(FileNotFoundError, match="none.json: no such file; want the JSON"):
+        fid.main(["again", str(tmp_path / "none.json")])
+
+
 def test_about_half_of_unseen_points_are_closer_to_training_than_training_is_to_itself():
     train, unseen = (torch.from_numpy(gaussian(1500, 6, seed)) for seed in (26, 27))
     share = (image_metrics.closer_than_training(train, unseen)[0] < 1).double().mean()

@@ -439,7 +439,7 @@ def test_mapper_and_sit_features_are_probed_in_eval_mode_with_the_null_label(che
     monkeypatch.setattr(Mapper, "forward", lambda self, *inputs: (mapper_modes.add(self.training),
                                                                   mapper_forward(self, *inputs))[1])
     flags = ["--sit", str(checkpoints / "sit"), "--block", "2", "--t", "0.25", "--mapper", *CPU, "--out",
-             str(checkpoints / "sit.json"), "--num-train", "200", "--max-iter", "20"]
+             str(checkpoints / "new" / "sit.json"), "--num-train", "200", "--max-iter", "20"]
     first, second = probe.main(flags), probe.main(flags)
     assert {str(call) for call in seen} == {str((False, [10], [0.25], 2))} and mapper_modes == {False}
     (vae,) = first["vaes"]

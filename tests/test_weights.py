@@ -730,6 +730,25 @@ def test_damaged_diffusers_folders_and_missing_weights_are_one_clear_line(tmp_pa
         load_sit(bare, "raw")
 
 
+def test_exported_safetensors_may_be_read_by_whom_other_files_may(tmp_path):
+    weights.save_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    weights.save_pt(tmp_path / "a.pt", {"x": torch.ones(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.pt").stat().st_mode
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        common.cli(main)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_guidance_interval_upside_down_is_refused():
+    with pytest.raises(ValueError, match="--cfg-interval 0.8 0.2: want 0 <= LO <= HI <= 1"):
+        sample.main(["--cfg-interval", "0.8", "0.2"])
+
+
 def test_no_permission_is_one_clear_line(tmp_path, small):
     path = saved(tmp_path / "a.pt", small.state_dict())
     path.chmod(0)

@@ -457,7 +457,8 @@ def open_sets(args) -> list:
 
 def vae_of(sit) -> str:
     """Return the VAE that a SiT checkpoint of ours names. Raises ValueError for a published one."""
-    content = read_sit(sit)[1]
+    content = weights.read_file(weights.fetch(sit))  # the network itself is built later, once
+    weights.sit_state(content, sit)  # another kind of file is named as what it is
     if content.get("format") != "nanosendvae-sit":
         raise ValueError(f"--sit {sit} is a published SiT, which does not name its VAE: give --vae FILE")
     return content["latents"]["vae"]

@@ -3,8 +3,9 @@
 Send-VAE, eqs. 1-2 of arXiv:2601.05823: the latent z is noised as in flow matching, z_t = (1 - t) z + t eps
 with t ~ U(0, 1), and a small network h (patch embedding, one ViT block, MLP) must predict the teacher's patch
 tokens f(x) from z_t; the loss is mean(1 - cos(h(z_t), f(x))). (The paper's alpha_t is 1 - t: same
-distribution.) What the paper leaves open follows REPA-E: affine-free BatchNorm of z before the noise, fixed
-sin-cos positions, REPA's three-layer SiLU projector.
+distribution.) What the paper leaves open follows REPA-E: affine-free BatchNorm of z before the noise (`norm`;
+without it the encoder can grow z against the noise, held back by the KL term), fixed sin-cos positions,
+REPA's three-layer SiLU projector.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,7 @@ class MapperConfig:
     depth: int = 1             # ViT blocks; 0 allowed (Table 2 of the paper)
     projector_dim: int = 2048
     noise: bool = True         # Table 3 of the paper
+    norm: bool = True          # BatchNorm before the noise, as REPA-E; False: eq. 1 to the letter, on raw z
     kind: str = "vit"          # "linear": one patch-sized convolution of the raw latent, no noise (as VA-VAE)
     bn_group: int = 32         # images whose statistics one BatchNorm call shares
 
@@ -175,7 +177,8 @@ class Mapper(nn.Module):
                                   bias=False)
             return
         # BatchNorm makes the noise level of eq. 1 mean the same for every VAE; eps and momentum are REPA-E's.
-        self.bn = nn.BatchNorm2d(config.z_channels, eps=1e-4, momentum=0.1, affine=False)
+        if config.norm:
+            self.bn = nn.BatchNorm2d(config.z_channels, eps=1e-4, momentum=0.1, affine=False)
         self.x_embedder = PatchEmbed(config.patch_size, config.z_channels, dim)
         self.register_buffer("pos_embed", sincos_pos_embed(dim, config.grid, config.grid))
         self.blocks = nn.ModuleList(Block(dim, max(dim // 64, 1)) for _ in range(config.depth))
@@ -189,8 +192,10 @@ class Mapper(nn.Module):
         """
         if self.config.kind == "linear":
             return self.proj(z).flatten(2).transpose(1, 2)  # (B, N, D)
-        groups = z.float().split(self.config.bn_group) if self.training else (z.float(),)
-        z_t = torch.cat([self.bn(group) for group in groups])
+        z_t = z.float()
+        if self.config.norm:
+            groups = z_t.split(self.config.bn_group) if self.training else (z_t,)
+            z_t = torch.cat([self.bn(group) for group in groups])
         if self.config.noise:
             t = torch.rand(len(z), device=z.device) if t is None else t
             z_t, _ = interpolate(z_t, torch.randn_like(z_t) if eps is None else eps, t)

@@ -128,6 +128,7 @@ def write_report(run) -> str:
     run, table = Path(run), markdown_table([measured(run)])
     seconds, probe = read_seconds(run), read_json(run / "probe.json")
     names = data.open_dataset("shapes", 32, split="val").class_names
+    arms = [sum(value for name, value in seconds.items() if name.startswith(f"{kind}-")) for kind in KINDS]
     text = f"""# Quickstart report
 
 Plain VAE and Send-VAE: one pretrained VAE ({seconds['pretrain']} s), fine-tuned without and with alignment to
@@ -137,7 +138,9 @@ The judge network, in whose features FD and class accuracy are measured, was tra
 
 {table}
 
-Seconds of all stages: {sum(seconds.values())}.
+Seconds: {seconds['pretrain']} for the VAE that both start from; {arms[0]} and {arms[1]} for the stages of \
+the plain VAE and of
+Send-VAE, side by side; {seconds['probe']} for the probe.
 
 Reconstructions (original, plain VAE, Send-VAE): ![](reconstructions.png)
 

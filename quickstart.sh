@@ -7,13 +7,13 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 OUT="${OUT:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
-PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-1600}"
+PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-3200}"
 SAMPLES="${SAMPLES:-1000}"
 
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=.venv/bin/python
   [ -x "$PYTHON" ] || python3 -m venv .venv
-  echo "installing requirements.txt into .venv (once; about a minute where pip is near its index)"
+  echo "installing requirements.txt into .venv (about a minute the first time, then nothing is left to do)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 mkdir -p "$OUT"
@@ -25,26 +25,27 @@ fi
 echo "$settings" > "$OUT/settings.txt"
 begin=$SECONDS
 
-# stage NAME COMMAND...: run it once, say how long it took; a finished one is not run again.
+# stage NAME COMMAND...: run it once, say on fd 3 how long it took; a finished one is not run again.
 stage() {
   local name="$1" start=$SECONDS; shift
-  if grep -qsxF "$name $*" "$OUT/done.txt"; then echo "== $name: done before"; return; fi
+  if grep -qsxF "$name $*" "$OUT/done.txt"; then echo "== $name: done before" >&3; return; fi
   echo "== $name: $PYTHON $*"
   "$PYTHON" "$@"
   echo "$name $*" >> "$OUT/done.txt"
   echo "$name $((SECONDS - start))" >> "$OUT/seconds.txt"
-  echo "== $name: $((SECONDS - start)) s"
+  echo "== $name: $((SECONDS - start)) s" >&3
 }
 
 run="--seed $SEED --device $DEVICE"
 vae="--data shapes --vae tiny --rec l2 --lpips 0 --gan 0 --batch-size 32 --lr 2e-3 --warmup 50
   --eval-every 400 --save-every 400"
-sit="--model tiny/1 --batch-size 64 --steps $SIT_STEPS --lr 1e-3 --warmup 100 --cooldown 1000 --ema 0.99
-  --t-sampling lognormal --sample-every 0 --save-every 500 --workers 0"
-stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS" $run --out "$OUT/pretrained"
-for kind in plain send; do
-  dir="$OUT/$kind"
-  if [ $kind = send ]; then align="--align 0.3 --teacher shapes --projector-dim 256"; else align="--align 0"; fi
+sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --cooldown 2200 --ema 0.99
+  --t-sampling lognormal --sample-every 0 --save-every 1000 --workers 0"
+
+# arm KIND: everything that is done with one of the two VAEs.
+arm() {
+  local kind="$1" dir="$OUT/$1" align="--align 0"
+  if [ "$kind" = send ]; then align="--align 0.15 --teacher shapes --projector-dim 256 --mapper-norm off"; fi
   stage "$kind-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1500 \
     $run --out "$dir/vae"
   stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
@@ -54,7 +55,23 @@ for kind in plain send; do
     --batch-size 250 --npz $run --out "$dir/samples"
   stage "$kind-fid"     fid.py gfid shapes "$dir/samples/cfg1/samples.npz" "$dir/samples/cfg2/samples.npz" \
     --features shapes --device "$DEVICE" --out "$dir/gfid.json"
-done
+}
+
+exec 3>&1
+stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS" $run --out "$OUT/pretrained"
+# The two go side by side, each on half of the cores: networks this small gain little from a second thread.
+echo "== plain and Send-VAE side by side; this shows Send-VAE, the plain one writes to $OUT/plain.log"
+cores=$(getconf _NPROCESSORS_ONLN)
+(
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
+  set -m  # its own process group, so that a stop of this script can stop it too
+  arm plain > "$OUT/plain.log" 2>&1 & plain=$!
+  set +m
+  trap 'kill -- -$plain 2>/dev/null || true' EXIT
+  arm send
+  wait "$plain" || { tail -n 5 "$OUT/plain.log" >&2; exit 1; }
+  trap - EXIT
+)
 stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" --out "$OUT/probe.json"
 "$PYTHON" quickstart.py "$OUT"
 echo "quickstart: $((SECONDS - begin)) s in this run; report: $OUT/report.md"

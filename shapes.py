@@ -14,7 +14,8 @@ SHAPES = ("disk", "square", "triangle", "star", "plus", "ring", "heart", "cresce
 TEXTURES = ("plain", "gradient", "stripes", "checker")
 FILLS = ("solid", "stripes", "rim")
 SECONDS = ("none", "disk", "square", "triangle")
-# RGB in [0, 1]. Objects are bright and backgrounds dark, so that no combination has low contrast.
+# RGB in [0, 1]. Objects are bright and backgrounds dark, so that no combination has low contrast; half of the
+# scenes are shown with their lightness inverted, so that no shape can be told from a sum of pixels.
 HUES = {"red": (.95, .15, .15), "orange": (1., .55, .10), "yellow": (.98, .92, .20), "green": (.25, .85, .25),
         "cyan": (.20, .90, .95), "blue": (.25, .45, 1.), "purple": (.68, .30, 1.), "pink": (1., .50, .80)}
 BACKGROUNDS = {"black": (.05, .05, .05), "navy": (.05, .08, .36), "maroon": (.40, .05, .10),
@@ -109,18 +110,22 @@ def _render(f, size):
     x, y = u - real["second_x"], v - real["second_y"]
     alpha = _shape_alpha(SECONDS, f["second"], x, y, real["second_size"], pixel)[1]
     image = _mix(image, colour[f["second_hue"]], alpha)
+    # 1 - lightness of the HSL model: dark becomes pale, the hue stays
+    image = np.where(f["inverted"][:, None, None, None],
+                     image + 1 - image.max(axis=-1, keepdims=True) - image.min(axis=-1, keepdims=True), image)
     return np.rint(255 * np.clip(image * real["light"][..., None], 0, 1)).astype(np.uint8)
 
 
 def _draw_factors(num, seed, split, frame):
     """Draw the factors of scenes 0..num-1: dict of arrays (num,). Row i does not depend on num."""
     rows = -(-num // len(SHAPES)) * len(SHAPES)
-    a = np.random.default_rng([split, 0, seed]).random((rows, 7))  # what a scene is
+    a = np.random.default_rng([split, 0, seed]).random((rows, 8))  # what a scene is
     b = np.random.default_rng([split, 1 + frame, seed]).random((rows, 10))  # how this frame shows it
     f = {"shape": np.argsort(a[:, 0].reshape(-1, len(SHAPES)), axis=1).ravel(),  # each shape once in ten
          "hue": (a[:, 1] * len(HUES)).astype(int), "background": (a[:, 2] * len(BACKGROUNDS)).astype(int),
          "texture": (a[:, 3] * len(TEXTURES)).astype(int), "fill": (a[:, 4] * len(FILLS)).astype(int),
-         "second": np.maximum(a[:, 5] * 6 - 2, 0).astype(int)}  # none for half of them
+         "second": np.maximum(a[:, 5] * 6 - 2, 0).astype(int),  # none for half of them
+         "inverted": a[:, 7] < 0.5}
     other = 1 + (a[:, 6] * (len(HUES) - 1)).astype(int)  # never the main hue
     f["second_hue"] = (f["hue"] + other) % len(HUES)
     f |= {"x": 25 + 14 * b[:, 0], "y": 25 + 14 * b[:, 1], "size": 18 + 7 * b[:, 2],
@@ -163,8 +168,8 @@ class Shapes:
                   "second": SECONDS}
         columns = {f"{key}={name}": self.factors[key] == i
                    for key, names in tables.items() for i, name in enumerate(names)}
-        columns |= {"position=right": self.factors["x"] > 32, "position=low": self.factors["y"] > 32,
-                    "size=large": self.factors["size"] > 21.5}
+        columns |= {"tone=inverted": self.factors["inverted"], "position=right": self.factors["x"] > 32,
+                    "position=low": self.factors["y"] > 32, "size=large": self.factors["size"] > 21.5}
         self.attribute_names = list(columns)
         self.attributes = np.stack(list(columns.values()), axis=1).astype(np.uint8)
 

@@ -33,7 +33,7 @@ def parse_args(argv=None):
                                      allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=3000, help="teacher optimizer steps; 0 = leave the file alone")
+    add("--steps", type=int, default=5000, help="teacher optimizer steps; 0 = leave the file alone")
     add("--judge-steps", type=int, default=1500, help="judge optimizer steps; 0 = leave the file alone")
     add("--scenes", type=int, default=24000, help="scenes to train on")
     add("--frames", type=int, default=4, help="frames rendered of each scene for the teacher, >= 2")
@@ -150,7 +150,7 @@ def factor_accuracy(logits: Tensor, data: Shapes, first: int = 0) -> dict[str, f
     result, truth = {}, torch.from_numpy(data.attributes[first:])
     for factor in dict.fromkeys(name.split("=")[0] for name in data.attribute_names):
         columns = [i for i, name in enumerate(data.attribute_names) if name.split("=")[0] == factor]
-        if factor in ("position", "size"):
+        if factor in ("tone", "position", "size"):
             right = (logits[:, columns] > 0) == truth[:, columns].bool()
         else:
             right = logits[:, columns].argmax(dim=1) == truth[:, columns].argmax(dim=1)

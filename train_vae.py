@@ -55,6 +55,8 @@ def parse_args(argv=None):
     add("--mapper-depth", type=int, default=1, help="ViT blocks; 0 = patch embedding and MLP only")
     add("--projector-dim", type=int, default=2048, help="hidden width of the mapper's MLP")
     add("--mapper-noise", default="on", choices=("on", "off"), help="noise the latent before the mapper")
+    add("--mapper-norm", default="on", choices=("on", "off"),
+        help="BatchNorm of the latent before the noise (as REPA-E); off: the paper's eq. 1 on the raw latent")
     add = parser.add_argument_group("loss (weights; 0 = off)").add_argument
     add("--align", type=float, default=1.0, help="alignment, mean(1 - cos)")
     add("--rec", default="l1", choices=("l1", "l2"), help="reconstruction, mean over elements")
@@ -144,7 +146,7 @@ def build(args, image_size):
         mapper = Mapper(MapperConfig(
             z_channels=vae.config.z_channels, grid=grid, out_dim=teacher.dim, patch_size=patch,
             kind=args.mapper, depth=args.mapper_depth, projector_dim=args.projector_dim,
-            noise=args.mapper_noise == "on", bn_group=args.bn_group))
+            noise=args.mapper_noise == "on", norm=args.mapper_norm == "on", bn_group=args.bn_group))
     lpips = LPIPS(args.lpips_weights) if args.lpips > 0 else None
     if args.disc_init != "none" and args.gan == 0:
         raise ValueError("--disc-init: --gan 0 trains without a discriminator; leave one of them out")
@@ -185,7 +187,7 @@ def train(args, proc):
     """Train to args.steps; return the folder of checkpoints."""
     dataset = data.open_dataset(args.data, args.image_size)
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
-    has_norms = args.gan > 0 or args.align > 0 and args.mapper == "vit"
+    has_norms = args.gan > 0 or args.align > 0 and args.mapper == "vit" and args.mapper_norm == "on"
     if has_norms and micro % args.bn_group and (micro < args.batch_size or micro > args.bn_group):
         raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step "
                          f"would depend on how the batch is cut; try --bn-group "

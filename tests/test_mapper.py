@@ -262,6 +262,18 @@ def test_scale_of_the_latent_does_not_matter_but_for_the_linear_mapper():
     assert abs(float(along)) < 1e-2 * float(z[0].norm() * z[1].norm())
 
 
+def test_without_the_norm_the_noise_falls_on_the_raw_latent():
+    """Eq. 1 to the letter: the same weights without the norm's buffers, and growing z drowns the noise."""
+    model, z, t, eps = small(norm=False), torch.randn(16, 8, 4, 4), torch.rand(16), torch.randn(16, 8, 4, 4)
+    assert set(small().state_dict()) - set(model.state_dict()) == {
+        "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
+    z_t, _ = interpolate(z, eps, t)
+    assert torch.equal(model(z, t, eps), model(z_t, torch.zeros(16), eps))
+    change = [(model(s * z, t, eps) - model(s * z, t, -eps)).norm() / model(s * z, t, eps).norm()
+              for s in (1, 100)]
+    assert change[1] < change[0] / 10
+
+
 @pytest.mark.parametrize("kind, patch", [("vit", 1), ("vit", 2), ("linear", 1), ("linear", 2)])
 def test_patch_size_gives_row_major_tokens(kind, patch):
     model = small(kind=kind, patch_size=patch, grid=4, noise=False, depth=0).eval()

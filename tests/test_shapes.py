@@ -2,6 +2,8 @@
 
     pytest tests/test_shapes.py    # about 5 s on one core
 """
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from shapes import BACKGROUNDS, HUES, SECONDS, SHAPES, Shapes
 
 
 def select(data, **wanted):
-    """Return the indices of images whose factors have the given names, by the attribute columns."""
-    rows = np.ones(len(data), bool)
+    """Return the indices of images, not inverted, whose factors have the given names, by the attributes."""
+    rows = data.attributes[:, data.attribute_names.index("tone=inverted")] == 0
     for factor, name in wanted.items():
         rows &= data.attributes[:, data.attribute_names.index(f"{factor}={name}")] == 1
     return np.flatnonzero(rows)
@@ -19,7 +21,7 @@ def select(data, **wanted):
 
 @pytest.fixture(scope="module")
 def data():
-    return Shapes(6000, seed=3)
+    return Shapes(12000, seed=3)
 
 
 def test_images_do_not_depend_on_how_many_are_asked_for():
@@ -45,7 +47,7 @@ def test_a_frame_keeps_the_scene_and_changes_the_view(data):
 
 
 def test_classes_are_exactly_balanced_and_labels_are_shapes(data):
-    assert np.array_equal(np.bincount(data.labels), np.full(10, 600))
+    assert np.array_equal(np.bincount(data.labels), np.full(10, 1200))
     assert data.class_names == list(SHAPES) and data.num_classes == 10
     columns = [data.attribute_names.index(f"shape={name}") for name in data.class_names]
     assert np.array_equal(data.attributes[:, columns].argmax(axis=1), data.labels)
@@ -80,6 +82,22 @@ def test_solid_objects_have_the_hue_of_their_name_at_their_centre(data):
         assert len(rows) > 5 and np.abs(centre - wanted).max() < 0.51 / 255
 
 
+def test_half_of_the_scenes_are_inverted_in_lightness_and_keep_their_hue(data):
+    """By the standard library's HLS model, on the same scenes rendered both ways, without light."""
+    from shapes import _render
+    f = {k: v[:40].copy() for k, v in data.factors.items()} | {"light": np.ones(40)}
+    images = [_render(f | {"inverted": np.full(40, flag)}, 32) for flag in (False, True)]
+    normal, inverted = (image.reshape(-1, 3)[::7] for image in images)
+    hls, hls_inverted = (np.array([colorsys.rgb_to_hls(*colour) for colour in colours / 255])
+                         for colours in (normal, inverted))
+    assert np.abs(hls[:, 1] + hls_inverted[:, 1] - 1).max() < 1.01 / 255
+    turn = np.abs(np.exp(2j * np.pi * hls[:, 0]) - np.exp(2j * np.pi * hls_inverted[:, 0]))
+    strong = np.ptp(normal, axis=1) > 60  # the hue of a grey says nothing
+    assert strong.sum() > 1000 and turn[strong].max() < 0.05
+    column = data.attributes[:, data.attribute_names.index("tone=inverted")]
+    assert np.array_equal(column, data.factors["inverted"]) and abs(column.mean() - 0.5) < 0.03
+
+
 def coverage(data, rows):
     """Coverage per pixel (n, 32, 32) of solid objects on plain backgrounds, from the colours alone."""
     hues, backgrounds = np.array(list(HUES.values())), np.array(list(BACKGROUNDS.values()))
@@ -98,11 +116,12 @@ def test_area_and_centre_of_objects_follow_size_and_position(data, shape, area):
     rows = select(data, shape=shape, fill="solid", texture="plain", second="none")
     alpha = coverage(data, rows)
     measured = alpha.sum(axis=(1, 2)) * 4  # a pixel is 2 x 2 units
-    assert len(rows) > 10 and np.abs(measured / (area * data.factors["size"][rows] ** 2) - 1).max() < 0.04
+    error = np.abs(measured / (area * data.factors["size"][rows] ** 2) - 1)
+    assert len(rows) > 20 and np.quantile(error, 0.9) < 0.04  # where colours are close, 8 bits are coarse
     at = np.arange(32) * 2 + 1
     for factor, axis in (("x", 1), ("y", 2)):
         centre = (alpha.sum(axis=axis) * at).sum(axis=1) / alpha.sum(axis=(1, 2))
-        assert np.abs(centre - data.factors[factor][rows]).max() < 0.3
+        assert np.quantile(np.abs(centre - data.factors[factor][rows]), 0.9) < 0.2
 
 
 def test_rotation_turns_clockwise_by_degrees(data):

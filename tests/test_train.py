@@ -314,7 +314,8 @@ def test_align_zero_is_a_plain_vae_bit_for_bit(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--mapper", "linear"], ["--mapper-noise", "off"], ["--mapper-depth", "0"], ["--mapper-depth", "2"],
+    ["--mapper", "linear"], ["--mapper-noise", "off"], ["--mapper-norm", "off"],
+    ["--mapper-depth", "0"], ["--mapper-depth", "2"],
     ["--gan", "0.1", "--gan-adaptive"], ["--rec", "l2"], ["--align", "0"], ["--checkpointing"],
     ["--warmup", "2"], ["--cooldown", "2"], ["--grad-clip", "0"], ["--dtype", "bf16"],
     ["--disc-start", "1", "--gan", "0.1"]], ids=lambda flags: " ".join(flags))

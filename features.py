@@ -151,7 +151,7 @@ class ShapesJudge(nn.Module):
     attribute_logits(features) -> (B, num_attributes), the columns of Shapes.attribute_names.
     """
 
-    def __init__(self, num_classes: int = 10, num_attributes: int = 40, width: int = 32):
+    def __init__(self, num_classes: int = 10, num_attributes: int = 41, width: int = 32):
         super().__init__()
         w = width
         layers = [nn.PixelUnshuffle(2)]

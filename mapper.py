@@ -176,7 +176,7 @@ class Mapper(nn.Module):
             self.proj = nn.Conv2d(config.z_channels, config.out_dim, config.patch_size, config.patch_size,
                                   bias=False)
             return
-        # BatchNorm makes the noise level of eq. 1 mean the same for every VAE; eps and momentum are REPA-E's.
+        # With it the noise level of eq. 1 means the same for every VAE; eps and momentum are REPA-E's.
         if config.norm:
             self.bn = nn.BatchNorm2d(config.z_channels, eps=1e-4, momentum=0.1, affine=False)
         self.x_embedder = PatchEmbed(config.patch_size, config.z_channels, dim)

@@ -44,8 +44,9 @@ sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --
 
 # arm KIND: everything that is done with one of the two VAEs.
 arm() {
+  trap 'exit 143' TERM  # as below
   local kind="$1" dir="$OUT/$1" align="--align 0"
-  if [ "$kind" = send ]; then align="--align 0.15 --teacher shapes --projector-dim 256 --mapper-norm off"; fi
+  if [ "$kind" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
   stage "$kind-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1500 \
     $run --out "$dir/vae"
   stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
@@ -58,20 +59,22 @@ arm() {
 }
 
 exec 3>&1
+trap 'exit 130' INT  # a trainer that has saved on Ctrl-C exits 0, but its stage is not done
+trap 'exit 143' TERM
 stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS" $run --out "$OUT/pretrained"
 # The two go side by side, each on half of the cores: networks this small gain little from a second thread.
 echo "== plain and Send-VAE side by side; this shows Send-VAE, the plain one writes to $OUT/plain.log"
-cores=$(getconf _NPROCESSORS_ONLN)
-(
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
-  set -m  # its own process group, so that a stop of this script can stop it too
-  arm plain > "$OUT/plain.log" 2>&1 & plain=$!
-  set +m
-  trap 'kill -- -$plain 2>/dev/null || true' EXIT
-  arm send
-  wait "$plain" || { tail -n 5 "$OUT/plain.log" >&2; exit 1; }
-  trap - EXIT
-)
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
+set -m  # process groups of their own, so that a stop of this script reaches all of each
+arm plain > "$OUT/plain.log" 2>&1 & plain=$!
+arm send & send=$!
+set +m
+trap 'kill -- "-$plain" "-$send" 2>/dev/null || true; wait' EXIT
+wait "$send"  # in the background and waited for: a signal interrupts wait, but never a foreground command
+wait "$plain" || { echo "error: the plain VAE failed; the end of $OUT/plain.log:" >&2
+                   tail -n 5 "$OUT/plain.log" >&2; exit 1; }
+trap - EXIT
 stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" --out "$OUT/probe.json"
 "$PYTHON" quickstart.py "$OUT"
 echo "quickstart: $((SECONDS - begin)) s in this run; report: $OUT/report.md"

@@ -14,8 +14,8 @@ SHAPES = ("disk", "square", "triangle", "star", "plus", "ring", "heart", "cresce
 TEXTURES = ("plain", "gradient", "stripes", "checker")
 FILLS = ("solid", "stripes", "rim")
 SECONDS = ("none", "disk", "square", "triangle")
-# RGB in [0, 1]. Objects are bright and backgrounds dark, so that no combination has low contrast; half of the
-# scenes are shown with their lightness inverted, so that no shape can be told from a sum of pixels.
+# RGB in [0, 1]. Objects are bright and backgrounds dark, so that no combination has low contrast; in half of
+# the scenes lightness is inverted, so that a weighted sum of pixels says little about the shape.
 HUES = {"red": (.95, .15, .15), "orange": (1., .55, .10), "yellow": (.98, .92, .20), "green": (.25, .85, .25),
         "cyan": (.20, .90, .95), "blue": (.25, .45, 1.), "purple": (.68, .30, 1.), "pink": (1., .50, .80)}
 BACKGROUNDS = {"black": (.05, .05, .05), "navy": (.05, .08, .36), "maroon": (.40, .05, .10),
@@ -159,10 +159,10 @@ class Shapes:
             raise ValueError(f"num {num}, size {size}, seed {seed}, frame {frame}: want num >= 1, size >= 8, "
                              "seed >= 0, frame >= 0")
         self.image_size = size
-        self.files_hash = hashlib.sha256(repr((num, seed, split, size, frame)).encode()).hexdigest()
         self.factors = _draw_factors(num, seed, SPLITS[split], frame)
         parts = [{k: v[i:i + 256] for k, v in self.factors.items()} for i in range(0, num, 256)]
         self.images = np.concatenate([_render(part, size) for part in parts])
+        self.files_hash = hashlib.sha256(self.images).hexdigest()  # so that another renderer is another set
         self.labels = self.factors["shape"].astype(np.int64)
         tables = {"shape": SHAPES, "hue": HUES, "background": BACKGROUNDS, "texture": TEXTURES, "fill": FILLS,
                   "second": SECONDS}

@@ -270,6 +270,7 @@ class Run:
             return
         path, state = found
         theirs, ours = state["mapper_config"], self.mapper and asdict(self.mapper.config)
+        theirs = theirs and asdict(MapperConfig(**theirs))  # a field that came later has its default
         if state["model_config"] != asdict(self.vae.config) or theirs != ours or \
                 (state["discriminator"] is None) != (self.critic is None) or \
                 state["teacher"] != (self.args.teacher if self.mapper else None):

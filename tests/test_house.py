@@ -6,8 +6,10 @@ import ast
 import importlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -100,6 +102,41 @@ def test_quickstart_commands_parse(tmp_path):
     for line in lines:
         script, *arguments = shlex.split(line)
         importlib.import_module(script[:-3]).parse_args(arguments)
+
+
+def quickstart(tmp_path, script):
+    """Start quickstart.sh with a shell script in place of python."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    return subprocess.Popen(["bash", str(ROOT / "quickstart.sh")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={"PYTHON": str(python), "OUT": str(tmp_path / "out"), "PATH": "/usr/bin:/bin"},
+                            text=True, start_new_session=True)
+
+
+def test_quickstart_fails_where_the_plain_vae_fails(tmp_path):
+    run = quickstart(tmp_path, 'case "$*" in "fid.py rfid"*/plain/vae*) echo boom >&2; exit 3;; esac')
+    errors = run.communicate()[1]
+    done = (tmp_path / "out/done.txt").read_text()
+    assert run.returncode == 1 and "boom" in errors and "plain" in errors
+    assert "send-fid" in done and "plain-vae" in done and "plain-rfid" not in done and "probe" not in done
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_quickstart_waits_for_both_and_calls_neither_done(tmp_path, number):
+    """The stand-in for a trainer saves and exits 0 on a signal, as train_vae.py does."""
+    run = quickstart(tmp_path, f"""case "$*" in *"--init {tmp_path}/out/pretrained"*)
+        trap 'sleep 0.3; echo >> "{tmp_path}/saved"; exit 0' TERM INT
+        echo >> "{tmp_path}/began"; n=0; while [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done;; esac""")
+    began = tmp_path / "began"
+    while not began.is_file() or len(began.read_text()) < 2:
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(number)
+    run.communicate()
+    assert run.returncode == 128 + number and len((tmp_path / "saved").read_text()) == 2
+    assert (tmp_path / "out/done.txt").read_text().startswith("pretrain ")
+    assert (tmp_path / "out/done.txt").read_text().count("\n") == 1
 
 
 @pytest.mark.parametrize("script", sorted(COMMANDS))

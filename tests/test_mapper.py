@@ -250,7 +250,7 @@ def test_noise_at_its_ends():
     assert torch.equal(small(noise=False).eval()(z), model(z, zero, eps))
 
 
-def test_scale_of_the_latent_does_not_matter_but_for_the_linear_mapper():
+def test_with_the_norm_the_scale_of_the_latent_does_not_matter():
     """The batch norm takes it out: so the encoder cannot beat the noise by growing z."""
     z, t, eps = torch.randn(16, 8, 4, 4), torch.rand(16), torch.randn(16, 8, 4, 4)
     model = small().train()

@@ -314,8 +314,8 @@ def test_align_zero_is_a_plain_vae_bit_for_bit(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--mapper", "linear"], ["--mapper-noise", "off"], ["--mapper-norm", "off"],
-    ["--mapper-depth", "0"], ["--mapper-depth", "2"],
+    ["--mapper", "linear"], ["--mapper-noise", "off"], ["--mapper-norm", "off"], ["--mapper-depth", "0"],
+    ["--mapper-depth", "2"],
     ["--gan", "0.1", "--gan-adaptive"], ["--rec", "l2"], ["--align", "0"], ["--checkpointing"],
     ["--warmup", "2"], ["--cooldown", "2"], ["--grad-clip", "0"], ["--dtype", "bf16"],
     ["--disc-start", "1", "--gan", "0.1"]], ids=lambda flags: " ".join(flags))
@@ -323,6 +323,21 @@ def test_every_vae_flag_trains(pictures, tmp_path, flags):
     train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "2", *flags, "--out", str(tmp_path)])
     losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
     assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+def test_mapper_switches_reach_the_mapper_and_no_norm_means_no_groups(pictures, tmp_path):
+    """Without BatchNorm any micro-batch will do; a file from before the field resumes with its default."""
+    common_flags = ["--data", pictures, *VAE, "--gan", "0"]
+    train_vae.main([*common_flags, "--steps", "1", "--mapper-norm", "off", "--mapper-noise", "off",
+                    "--micro-batch-size", "2", "--out", str(tmp_path / "off")])
+    config = newest(tmp_path / "off")["mapper_config"]
+    assert config["norm"] is False and config["noise"] is False
+    train_vae.main([*common_flags, "--steps", "1", "--out", str(tmp_path / "on")])
+    old = newest(tmp_path / "on")
+    assert old["mapper_config"].pop("norm") is True and old["mapper_config"]["noise"] is True
+    common.save_checkpoint(weights.resolve(tmp_path / "on"), old)
+    train_vae.main([*common_flags, "--steps", "2", "--out", str(tmp_path / "on")])
+    assert newest(tmp_path / "on")["step"] == 2
 
 
 @pytest.mark.parametrize("flags", [

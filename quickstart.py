@@ -132,8 +132,8 @@ def write_report(run) -> str:
     text = f"""# Quickstart report
 
 Plain VAE and Send-VAE: one pretrained VAE ({seconds['pretrain']} s), fine-tuned without and with alignment to
-the shapes teacher for as many steps, on the same data and seed; a SiT on the latents of each, for as many \
-steps.
+the shapes teacher (by a mapper without noise) for as many steps, on the same data and seed; a SiT on the \
+latents of each, for as many steps.
 The judge network, in whose features FD and class accuracy are measured, was trained by neither.
 
 {table}

@@ -46,6 +46,7 @@ sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --
 arm() {
   trap 'exit 143' TERM  # as below
   local kind="$1" dir="$OUT/$1" align="--align 0"
+  # Noise before the mapper costs at this scale (README, "What it reaches"); the default of train_vae.py is on.
   if [ "$kind" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
   stage "$kind-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1500 \
     $run --out "$dir/vae"

@@ -109,9 +109,9 @@ def quickstart(tmp_path, script):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    return subprocess.Popen(["bash", str(ROOT / "quickstart.sh")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={"PYTHON": str(python), "OUT": str(tmp_path / "out"), "PATH": "/usr/bin:/bin"},
-                            text=True, start_new_session=True)
+    env = {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "PATH": "/usr/bin:/bin"}
+    return subprocess.Popen(["bash", str(ROOT / "quickstart.sh")], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=env, text=True, start_new_session=True)
 
 
 def test_quickstart_fails_where_the_plain_vae_fails(tmp_path):

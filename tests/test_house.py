@@ -111,7 +111,9 @@ def quickstart(tmp_path, script):
     python.chmod(0o755)
     env = {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "PATH": "/usr/bin:/bin"}
     return subprocess.Popen(["bash", str(ROOT / "quickstart.sh")], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=env, text=True, start_new_session=True)
+                            stderr=subprocess.PIPE, env=env, text=True, start_new_session=True,
+                            # ignored by a shell that started the tests in the background, bash cannot trap it
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_quickstart_fails_where_the_plain_vae_fails(tmp_path):

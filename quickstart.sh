@@ -45,6 +45,7 @@ sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --
 # arm KIND: everything that is done with one of the two VAEs.
 arm() {
   trap 'exit 143' TERM  # as below
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
   local kind="$1" dir="$OUT/$1" align="--align 0"
   # Noise before the mapper costs at this scale (README, "What it reaches"); the default of train_vae.py is on.
   if [ "$kind" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
@@ -66,12 +67,11 @@ stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS"
 # The two go side by side, each on half of the cores: networks this small gain little from a second thread.
 echo "== plain and Send-VAE side by side; this shows Send-VAE, the plain one writes to $OUT/plain.log"
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
 set -m  # process groups of their own, so that a stop of this script reaches all of each
 arm plain > "$OUT/plain.log" 2>&1 & plain=$!
 arm send & send=$!
 set +m
-trap 'kill -- "-$plain" "-$send" 2>/dev/null || true; wait' EXIT
+trap 'kill -- "-$plain" "-$send" 2>/dev/null || true; wait; echo "stopped; the same command continues" >&2' EXIT
 wait "$send"  # in the background and waited for: a signal interrupts wait, but never a foreground command
 wait "$plain" || { echo "error: the plain VAE failed; the end of $OUT/plain.log:" >&2
                    tail -n 5 "$OUT/plain.log" >&2; exit 1; }

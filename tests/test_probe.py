@@ -366,7 +366,7 @@ def test_command_compares_vaes_side_by_side(checkpoints, tmp_path, capsys):
         assert {*flat["groups"]} == {name.split("=")[0] for name in data.Shapes(1).attribute_names}
         assert flat["macro_f1"] > vae["pooled"]["macro_f1"] > 0.1  # pooling loses positions
         assert flat["macro_f1_tuned"] > flat["macro_f1"] and 0.6 < flat["auc"] < 1
-        assert len(flat["per_attribute"]) == 40 and not flat["left_out"]
+        assert len(flat["per_attribute"]) == 41 and not flat["left_out"]
     bars = np.asarray(Image.open(tmp_path / "probe.png"))
     assert ((bars == (0, 0x72, 0xB2)).all(2).sum() > 5000) and ((bars == (0xD5, 0x5E, 0)).all(2).sum() > 5000)
 

@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="linear: one convolution, no noise (as VA-VAE)")
     add("--mapper-depth", type=int, default=1, help="ViT blocks; 0 = patch embedding and MLP only")
     add("--projector-dim", type=int, default=2048, help="hidden width of the mapper's MLP")
-    add("--mapper-noise", default="on", choices=("on", "off"), help="noise the latent before the (vit) mapper")
+    add("--mapper-noise", default="on", choices=("on", "off"), help="noise the latent before the mapper")
     add("--mapper-norm", default="on", choices=("on", "off"),
         help="BatchNorm of the latent before noise and (vit) mapper, as REPA-E; off: eq. 1 on the raw latent")
     add = parser.add_argument_group("loss (weights; 0 = off)").add_argument

@@ -233,10 +233,10 @@ class Run:
                 done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
             log.step(self.step, row, ("loss", "repa", "images_per_s"))
             with timer.pausing():
+                if self.step % args.save_every == 0 or self.step == 1 or done:
+                    self.save()  # first: a preview may take minutes on a CPU, or fail
                 if args.sample_every and self.step % args.sample_every == 0 or self.step == self.num_steps:
                     self.preview()
-                if self.step % args.save_every == 0 or self.step == 1 or done:
-                    self.save()
             if done:
                 break
         log.close()
@@ -304,7 +304,8 @@ class Run:
         scale = self.args.preview_cfg if self.args.label_dropout > 0 else 1.0
         with common.autocast(self.proc.device, self.dtype):
             z = sample_ode(lambda z_t, t: guided_velocity(model, z_t, t, y, scale), noise, 50)
-            x = vae.decode(data.denormalize_latents(z, self.mean, self.std))
+            parts = data.denormalize_latents(z, self.mean, self.std).split(8)  # decoding takes most memory
+            x = torch.cat([vae.decode(part) for part in parts])
         path = Path(self.args.out) / f"samples_{self.step:07d}.png"
         data.save_grid(path, data.to_uint8(x.float()).cpu(), columns=columns)
 

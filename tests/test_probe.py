@@ -575,12 +575,13 @@ def test_names_of_vaes_are_what_tells_them_apart():
 # folders
 
 def test_folder_is_probed_by_its_attributes_and_classes(checkpoints, tmp_path, capsys):
-    shapes, folder = data.Shapes(200, 1, "train"), tmp_path / "set"
+    shapes, folder = data.Shapes(600, 1, "train"), tmp_path / "set"
+    images = shapes.images[~shapes.factors["inverted"]][:200]  # all of them with a dark background
     folder.mkdir()
     with open(folder / "lines.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["filename", "warm", "never"])
-        for i, image in enumerate(shapes.images):
+        for i, image in enumerate(images):
             name = f"class {i % 2}/{i:03d}.png"  # class 1 is the mirror image in brightness
             (folder / name).parent.mkdir(exist_ok=True)
             Image.fromarray(image if i % 2 else 255 - image).save(folder / name)

@@ -99,37 +99,39 @@ def test_half_of_the_scenes_are_inverted_in_lightness_and_keep_their_hue(data):
 
 
 def coverage(data, rows):
-    """Coverage per pixel (n, 32, 32) of solid objects on plain backgrounds, from the colours alone."""
+    """Return (rows, coverage per pixel (n, 32, 32)) of solid objects on plain backgrounds, from the colours.
+
+    Rows whose colours are too close are left out: 8 bits are coarse there.
+    """
     hues, backgrounds = np.array(list(HUES.values())), np.array(list(BACKGROUNDS.values()))
     light = data.factors["light"][rows, None]
     back = light * backgrounds[data.factors["background"][rows]]
     front = light * hues[data.factors["hue"][rows]]
     channel = np.argmax(np.where(front <= 1, front - back, -1), axis=1)  # one that light does not saturate
+    clear = (front - back)[np.arange(len(rows)), channel] > 0.4
+    rows, back, front, channel = rows[clear], back[clear], front[clear], channel[clear]
     take = np.arange(len(rows)), channel
     image = data.images[rows].transpose(0, 3, 1, 2)[take] / 255
-    return (image - back[take][:, None, None]) / (front - back)[take][:, None, None]
+    return rows, (image - back[take][:, None, None]) / (front - back)[take][:, None, None]
 
 
 @pytest.mark.parametrize("shape, area", [("disk", np.pi * 0.9 ** 2), ("square", 1.56 ** 2),
                                          ("triangle", 0.75 * np.sqrt(3)), ("ring", 4 * np.pi * 0.68 * 0.27)])
 def test_area_and_centre_of_objects_follow_size_and_position(data, shape, area):
     rows = select(data, shape=shape, fill="solid", texture="plain", second="none")
-    alpha = coverage(data, rows)
+    rows, alpha = coverage(data, rows)
     measured = alpha.sum(axis=(1, 2)) * 4  # a pixel is 2 x 2 units
-    error = np.abs(measured / (area * data.factors["size"][rows] ** 2) - 1)
-    assert len(rows) > 20 and np.quantile(error, 0.9) < 0.04  # where colours are close, 8 bits are coarse
-    assert error.max() < 0.2
+    assert len(rows) > 10 and np.abs(measured / (area * data.factors["size"][rows] ** 2) - 1).max() < 0.04
     at = np.arange(32) * 2 + 1
     for factor, axis in (("x", 1), ("y", 2)):
         centre = (alpha.sum(axis=axis) * at).sum(axis=1) / alpha.sum(axis=(1, 2))
-        away = np.abs(centre - data.factors[factor][rows])
-        assert np.quantile(away, 0.9) < 0.2 and away.max() < 1
+        assert np.abs(centre - data.factors[factor][rows]).max() < 0.3
 
 
 def test_rotation_turns_clockwise_by_degrees(data):
     """An arrow's centroid axis: the principal direction of its pixels is its shaft."""
     rows = select(data, shape="arrow", fill="solid", texture="plain", second="none")
-    alpha, at = coverage(data, rows), np.arange(32) * 2 + 1
+    (rows, alpha), at = coverage(data, rows), np.arange(32) * 2 + 1
     x, y = (at - data.factors["x"][rows, None])[:, None, :], (at - data.factors["y"][rows, None])[:, :, None]
     xx, yy, xy = ((alpha * m).sum(axis=(1, 2)) for m in (x * x, y * y, x * y))
     angle = np.degrees(0.5 * np.arctan2(2 * xy, xx - yy))

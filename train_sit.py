@@ -263,6 +263,7 @@ class Run:
         args, device, step = self.args, self.proc.device, self.step
         moments, images = moments if self.teacher is not None else (moments, None)
         moments, y = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        rows = rows.tolist()
         draws = common.noise_for((2, moments.shape[1] // 2, *moments.shape[2:]), rows, device,
                                  args.seed, "sit", step)
         u = common.uniform_for(2, rows, device, args.seed, "t", step)

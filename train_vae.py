@@ -332,7 +332,7 @@ class Run:
             last = i == len(micro_batches) - 1
             x = data.to_float(images.to(device, non_blocking=True))
             with self._sync(self.trainee, last):
-                loss, x_hat, terms = self._vae_loss(x, rows, gan_on)
+                loss, x_hat, terms = self._vae_loss(x, rows.tolist(), gan_on)
                 self._backward(loss / len(micro_batches), self.scalers[0])
             if disc_on:
                 with self._sync(self.critic_ddp, last):

@@ -13,13 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -78,6 +80,23 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def distribute(module: nn.Module, proc: Proc) -> nn.Module:
+    """Return DDP of `module`, or with one process the module itself. Buffers (BatchNorm's) stay as the
+    processes compute them."""
+    if proc.world == 1:
+        return module
+    # Raised for weights of 1 x 1 convolutions: their two layouts in memory are one.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    ddp = DDP(module)
+    ddp.broadcast_buffers = False  # the constructor's argument has another name since torch 2.14
+    return ddp
+
+
+def reducing(module: nn.Module, last: bool):
+    """Return the context of a micro-batch: gradients are averaged over processes after the last one only."""
+    return nullcontext() if last or not isinstance(module, DDP) else module.no_sync()
 
 
 def print0(*values) -> None:

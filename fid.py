@@ -230,10 +230,10 @@ def report(title: str, result: dict, args, proc) -> None:
     else:  # one kind of samples may have measures that another has not
         columns = list(dict.fromkeys(key for row in sets.values() for key, value in row.items()
                                      if isinstance(value, float)))
-        width = max(map(len, sets))
-        print(f"{title}\n{'samples':<{width}} {'n':>7} " + " ".join(f"{key[:11]:>11}" for key in columns))
+        width, wide = max(map(len, sets)), {key: max(10, len(key)) for key in columns}
+        print(f"{title}\n{'samples':<{width}} {'n':>7} " + " ".join(f"{key:>{wide[key]}}" for key in columns))
         for source, row in sets.items():
-            cells = (f"{row[key]:>11.4f}" if key in row else f"{'-':>11}" for key in columns)
+            cells = (f"{f'{row[key]:.4f}' if key in row else '-':>{wide[key]}}" for key in columns)
             print(f"{source:<{width}} {row['n']:>7} " + " ".join(cells))
 
 

@@ -15,6 +15,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -341,8 +342,10 @@ def draw_results(path, results, labels) -> None:
                        {name: [r["flat"]["groups"].get(name, 0) for r in results] for name in groups}, 1.0))
     number = min(8, *(len(r["latent"]["spectrum"]) for r in results))
     values = {f"direction {k + 1}": [r["latent"]["spectrum"][k] for r in results] for k in range(number)}
+    largest = max(max(row) for row in values.values())
+    unit = 0.4 * 10 ** math.floor(math.log10(largest))  # quarters of its multiples are round numbers
     panels.append(("latents: share of variance along principal directions", values,
-                   max(max(row) for row in values.values())))
+                   math.ceil(largest / unit) * unit))
     draw_bars(path, panels, labels)
 
 

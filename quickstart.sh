@@ -76,6 +76,7 @@ wait "$send"  # in the background and waited for: a signal interrupts wait, but 
 wait "$plain" || { echo "error: the plain VAE failed; the end of $OUT/plain.log:" >&2
                    tail -n 5 "$OUT/plain.log" >&2; exit 1; }
 trap - EXIT
-stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" --out "$OUT/probe.json"
+stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" \
+  --cache "$OUT/probe_cache" --out "$OUT/probe.json"
 "$PYTHON" quickstart.py "$OUT"
 echo "quickstart: $((SECONDS - begin)) s in this run; report: $OUT/report.md"

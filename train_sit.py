@@ -9,12 +9,10 @@ them (which travel on in the checkpoint). Running the same command again continu
 in --out.
 """
 import argparse
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import common
 import data
@@ -172,7 +170,7 @@ class Run:
         self.ema = common.EMA(self.model, args.ema)
         if args.compile:
             common.compile_modules(self.model, self.teacher)
-        self.ddp = DDP(self.model, broadcast_buffers=False) if proc.world > 1 else self.model
+        self.ddp = common.distribute(self.model, proc)
 
     def state(self):
         """All that the run needs to continue, and that sampling needs, as a plain dict; unwrapped names."""
@@ -247,8 +245,7 @@ class Run:
         """One optimisation step; return whether it was skipped."""
         args = self.args
         for i, batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with nullcontext() if last or self.ddp is self.model else self.ddp.no_sync():
+            with common.reducing(self.ddp, last=i == len(micro_batches) - 1):
                 loss, terms = self._loss(*batch)
                 loss = loss / len(micro_batches)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()

@@ -11,13 +11,11 @@ KL-VAE.
 """
 import argparse
 import math
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import common
 import data
@@ -238,9 +236,8 @@ class Run:
         self.norms = StepBatchNorm(*[m for m in (self.mapper, self.critic) if m is not None])
         if args.compile:
             common.compile_modules(self.vae.encoder, self.vae.decoder, self.teacher)
-        wrap = (lambda m: DDP(m, broadcast_buffers=False)) if proc.world > 1 else (lambda m: m)
-        self.trainee = wrap(trainee)
-        self.critic_ddp = None if self.critic is None else wrap(self.critic)
+        self.trainee = common.distribute(trainee, proc)
+        self.critic_ddp = None if self.critic is None else common.distribute(self.critic, proc)
 
     def state(self):
         """Everything that the run needs to continue, as a plain dict; unwrapped names."""
@@ -331,11 +328,11 @@ class Run:
         for i, (images, _labels, _indices, rows) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             x = data.to_float(images.to(device, non_blocking=True))
-            with self._sync(self.trainee, last):
+            with common.reducing(self.trainee, last):
                 loss, x_hat, terms = self._vae_loss(x, rows.tolist(), gan_on)
                 self._backward(loss / len(micro_batches), self.scalers[0])
             if disc_on:
-                with self._sync(self.critic_ddp, last):
+                with common.reducing(self.critic_ddp, last):
                     loss_disc, disc_terms = self._disc_loss(x, x_hat.detach())
                     self._backward(loss_disc / len(micro_batches), self.scalers[1])
                 terms |= disc_terms
@@ -350,11 +347,6 @@ class Run:
             skipped = skipped | bad
         self.norms.end(skipped)
         return skipped
-
-    @staticmethod
-    def _sync(module, last):
-        """All-reduce gradients with the last micro-batch only."""
-        return nullcontext() if last or not isinstance(module, DDP) else module.no_sync()
 
     @staticmethod
     def _backward(loss, scaler):

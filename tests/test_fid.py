@@ -488,8 +488,8 @@ def test_a_table_shows_every_measure_of_every_set_and_a_dash_where_there_is_none
         fid.report("FID vs x", {"sets": order}, args, common.Proc(0, 1, torch.device("cpu")))
         _, header, *rows = capsys.readouterr().out.splitlines()
         cells = {row.split()[0]: dict(zip(header.split(), row.split())) for row in rows}
-        assert cells["a.npz"]["class_accur"] == "0.2500" and cells["a.npz"]["kid"] == "-"
-        assert cells["b"]["class_accur"] == "-" and cells["b"]["kid"] == "0.1250"
+        assert cells["a.npz"]["class_accuracy"] == "0.2500" and cells["a.npz"]["kid"] == "-"
+        assert cells["b"]["class_accuracy"] == "-" and cells["b"]["kid"] == "0.1250"
         assert json.loads((tmp_path / "out.json").read_text())["sets"] == sets
 
 

@@ -450,8 +450,13 @@ class Timer:
         return row
 
 
-def check_finite(row: dict, bad_streak: int, limit: int, step: int) -> None:
-    """Raise RuntimeError naming the first non-finite term once `limit` steps in a row had to be skipped."""
+def check_health(row: dict, bad_streak: int, limit: int, step: int) -> None:
+    """Raise RuntimeError naming the first non-finite term once `limit` steps in a row had to be skipped;
+    warn of a run that has died: gradient, GAN and alignment of the logged steps (those there are) all 0."""
+    vital = [row[key] for key in ("grad_norm", "gan", "align") if key in row]
+    if vital and max(map(abs, vital)) < 1e-8:
+        print0(f"warning: step {step}: gradient and losses are 0, nothing is learned any more; go back to a "
+               f"checkpoint before that, with a lower --lr")
     if bad_streak >= limit:
         bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         raise RuntimeError(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: "

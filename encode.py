@@ -23,6 +23,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("encode").add_argument
     add("--data", default=data.DEFAULT_DATA,
         help="folder of class folders, flat folder, or 'shapes' (embedded set)")
+    add("--split", default="train", choices=("train", "val"),
+        help="val: of 'shapes', or the folder 'val' beside a --data 'train' (for train_sit.py --val-latents)")
     add("--vae", default="out/vae",
         help="checkpoint, folder (newest of ours, or diffusers'), or hf://owner/repo/file")
     add("--image-size", type=int, default=None, help="pixels; default 256, or 32 for 'shapes'")
@@ -45,7 +47,9 @@ def encode(args, proc):
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
     size = args.image_size or (32 if args.data == "shapes" else 256)
-    dataset = data.open_dataset(args.data, size)
+    dataset = data.open_dataset(args.data, size, args.split)
+    if dataset is None:
+        raise ValueError(f"--split val: no folder 'val' beside {args.data}; give that folder as --data")
     path = weights.resolve(args.vae)
     vae = load_vae(path)
     side = size // vae.stride

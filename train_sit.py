@@ -22,6 +22,7 @@ from sit import (SIT_SIZES, SiT, SiTConfig, drop_labels, flow_loss, guided_veloc
 from vae import load_vae
 
 FORMAT = "nanosendvae-sit"
+VAL_LATENTS = 512
 
 
 def parse_args(argv=None):
@@ -30,6 +31,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--latents", default="latents", help="folder written by encode.py")
+    add("--val-latents", default=None, help="folder of encode.py --split val: logs the EMA's flow loss on it")
     add("--workers", type=int, default=4, help="processes that read latents (and images), per device")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="XL/1", choices=tuple(SIT_SIZES), help="size/patch; /1 for f16 latents, /2 for f8")
@@ -61,6 +63,7 @@ def parse_args(argv=None):
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging").add_argument
     add("--log-every", type=int, default=100, help="steps")
+    add("--val-every", type=int, default=1000, help="steps between flow losses on --val-latents")
     add("--sample-every", type=int, default=10000, help="steps between preview pictures; 0 = at the end only")
     add("--preview-cfg", type=float, default=2.0, help="guidance scale of the previews")
     add("--save-every", type=int, default=10000, help="steps between checkpoints")
@@ -119,6 +122,11 @@ def describe(args, latents, model, micro, accum, world, steps):
 def train(args, proc):
     """Train to the number of steps; return the folder of checkpoints."""
     latents = data.LatentFolder(args.latents)
+    held_out = None if args.val_latents is None else data.LatentFolder(args.val_latents)
+    for key in ("vae_hash", "latent_size", "num_classes"):
+        if held_out is not None and held_out.meta[key] != latents.meta[key]:
+            raise ValueError(f"{args.val_latents} has {key} {held_out.meta[key]}, {args.latents} "
+                             f"{latents.meta[key]}; encode both by one VAE, --split train and val")
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
     steps = args.steps or int(args.epochs * (len(latents) // args.batch_size))
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
@@ -133,7 +141,7 @@ def train(args, proc):
             raise ValueError(f"{args.latents} was encoded from other images ({latents.meta['data']}) than "
                              f"{args.data or latents.meta['data']}; give --data the folder that encode.py "
                              f"read")
-    run = Run(args, proc, latents, images, model, teacher, steps)
+    run = Run(args, proc, latents, held_out, model, teacher, steps)
     run.resume()
     loader = data.make_loader(latents if images is None else WithImages(latents, images), args.batch_size,
                               proc.rank, proc.world, micro, args.seed, run.step, steps, args.workers)
@@ -159,8 +167,9 @@ class WithImages:
 class Run:
     """The state of one training run (all that a checkpoint holds) and the loop over it."""
 
-    def __init__(self, args, proc, latents, images, model, teacher, steps):
+    def __init__(self, args, proc, latents, held_out, model, teacher, steps):
         self.args, self.proc, self.num_steps, self.step = args, proc, steps, 0
+        self.held_out = held_out
         self.meta, self.model = latents.meta, model.to(proc.device)
         self.mean, self.std = latents.mean.to(proc.device), latents.std.to(proc.device)
         self.teacher = teacher if teacher is None else teacher.to(proc.device)
@@ -226,11 +235,14 @@ class Run:
             done, row = self.step == self.num_steps, None
             if self.step % args.log_every == 0 or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
-                common.check_finite(row, int(bad_streak), args.stop_after_bad, self.step)
+                common.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
             if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
                 done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
-            log.step(self.step, row, ("loss", "repa", "images_per_s"))
             with timer.pausing():
+                if self.held_out is not None and (self.step % args.val_every == 0 or
+                                                  self.step == self.num_steps):
+                    row = {**(row or {}), **self.validate()}
+                log.step(self.step, row, ("loss", "repa", "val_flow", "images_per_s"))
                 if self.step % args.save_every == 0 or self.step == 1 or done:
                     self.save()  # first: a preview may take minutes on a CPU, or fail
                 if args.sample_every and self.step % args.sample_every == 0 or self.step == self.num_steps:
@@ -283,6 +295,34 @@ class Run:
             loss = loss + args.repa_weight * terms["repa"]
         return loss, {**terms, "loss": loss}
 
+    def averaged(self):
+        """Return a SiT in eval mode whose parameters are the EMA's tensors (not copies)."""
+        with torch.device("meta"):
+            model = SiT(self.model.config)
+        model.load_state_dict(self.ema.state, assign=True)
+        return model.eval()
+
+    @torch.no_grad()
+    def validate(self):
+        """Flow loss of the EMA on held-out latents at t = 1/8, 3/8, 5/8, 7/8, always with the same noise: it
+        moves as the network does, while the training loss is mostly the luck of its draws."""
+        if not self.proc.main:
+            return {}
+        model, device, losses = self.averaged(), self.proc.device, []
+        indices = torch.linspace(0, len(self.held_out) - 1, min(VAL_LATENTS, len(self.held_out))).long()
+        for rows in indices.split(64):
+            moments, y = (x.to(device) for x in self.held_out.__getitems__(rows.tolist()))
+            draws = common.noise_for((2, moments.shape[1] // 2, *moments.shape[2:]), rows.tolist(), device,
+                                     self.args.seed, "val")
+            z = data.normalize_latents(data.sample_latents(moments, draws[:, 0]), self.mean, self.std)
+            times = torch.tensor([1, 3, 5, 7], device=device) / 8
+            pairs = [interpolate(z, draws[:, 1], t.expand(len(z))) for t in times]
+            with common.autocast(device, self.dtype):
+                v_pred = [model(z_t, t.expand(len(z)), y) for t, (z_t, _) in zip(times, pairs)]
+            losses.append(torch.stack([flow_loss(p, v) for p, (_, v) in zip(v_pred, pairs)], 1))
+        means = torch.cat(losses).mean(0).tolist()  # of (n, 4)
+        return {"val_flow": sum(means) / 4, **{f"val_flow_t{k}": mean for k, mean in enumerate(means)}}
+
     @torch.no_grad()
     def preview(self):
         """Write a grid of EMA samples (Euler, 50 steps), the first classes in order, from fixed noise."""
@@ -292,9 +332,7 @@ class Run:
             vae = load_vae(self.meta["vae"]).to(self.proc.device)
         except (ValueError, FileNotFoundError) as error:
             return common.print0(f"no preview: {error}")
-        model = SiT(self.model.config)
-        model.load_state_dict(self.ema.state)
-        model.to(self.proc.device).eval()
+        model = self.averaged()
         columns = min(self.meta["num_classes"], 10)
         y = torch.arange(4 * columns, device=self.proc.device) % columns
         shape = (self.meta["channels"], *self.meta["latent_size"])

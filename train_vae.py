@@ -303,7 +303,7 @@ class Run:
             done, row = self.step == self.num_steps, None
             if self.step % args.log_every == 0 or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
-                common.check_finite(row, int(bad_streak), args.stop_after_bad, self.step)
+                common.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
             if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
                 done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
             if args.eval_every and self.step % args.eval_every == 0 or self.step == self.num_steps:

@@ -18,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 import common
+import data
 import encode
 import sample
 import train_sit
@@ -142,6 +143,64 @@ def test_evaluation_does_not_change_training(pictures, tmp_path):
     assert_same_run(newest(tmp_path / "often"), newest(tmp_path / "never"))
 
 
+@pytest.fixture(scope="session")
+def held_out(pictures, trained, tmp_path_factory):
+    """Latents of 6 pictures in the folder `val` beside the training set's, encoded by its VAE."""
+    root = tmp_path_factory.mktemp("held_out")
+    (root / "train").symlink_to(pictures)
+    for i in range(6):
+        path = root / "val" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (40 * i, 200 - 30 * i, 90)).save(path)
+    encode.main(["--data", str(root / "train"), "--split", "val", "--vae", trained[1], "--image-size", "32",
+                 "--workers", "0", "--device", "cpu", "--out", str(root / "latents")])
+    return str(root / "latents")
+
+
+def test_held_out_flow_loss_is_that_of_fixed_draws_and_leaves_training_alone(trained, held_out, tmp_path):
+    """A fresh SiT outputs 0, so its loss is the mean of v squared, here from the definitions."""
+    flags = ["--latents", trained[2], *SIT]
+    train_sit.main([*flags, "--steps", "3", "--out", str(tmp_path / "without")])
+    for steps in ("2", "3"):  # stopped and continued: the same numbers
+        train_sit.main([*flags, "--steps", steps, "--val-latents", held_out, "--val-every", "1", "--out",
+                        str(tmp_path / "with")])
+    assert_same_run(newest(tmp_path / "without"), newest(tmp_path / "with"))
+    logged = [row for row in rows(tmp_path / "with") if "val_flow" in row]
+    assert [row["step"] for row in logged] == [1, 2, 3] and logged[0]["val_flow"] != logged[2]["val_flow"]
+    args = train_sit.parse_args([*flags, "--steps", "3", "--seed", "5"])
+    latents, val = data.LatentFolder(trained[2]), data.LatentFolder(held_out)
+    model, _ = train_sit.build(args, latents)
+    run = train_sit.Run(args, common.Proc(0, 1, torch.device("cpu")), latents, val, model, None, 3)
+    row = run.validate()
+    assert row == run.validate()
+    moments, _ = val.__getitems__(range(6))
+    mean, std = moments.chunk(2, 1)
+    draws = common.noise_for((2, *mean.shape[1:]), range(6), "cpu", 5, "val")
+    z = (mean + std * draws[:, 0] - latents.mean[:, None, None]) / latents.std[:, None, None]
+    expected = (draws[:, 1] - z).square().mean().item()
+    for key in ("val_flow", "val_flow_t0", "val_flow_t1", "val_flow_t2", "val_flow_t3"):
+        assert row[key] == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():  # t is an input: a network that outputs it has another loss in each quarter
+        model.forward = lambda z_t, t, y: t[:, None, None, None].expand_as(z_t)
+        run.averaged = lambda: model
+    row = run.validate()
+    for k in range(4):
+        wanted = (draws[:, 1] - z - (2 * k + 1) / 8).square().mean().item()
+        assert row[f"val_flow_t{k}"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_held_out_latents_of_another_vae_are_refused(pictures, trained, tmp_path):
+    other = str(tmp_path / "vae")
+    train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--align", "0", "--steps", "1", "--out", other])
+    flags = ["--data", pictures, "--vae", other, "--image-size", "32", "--workers", "0", "--device", "cpu"]
+    with pytest.raises(ValueError, match="no folder 'val' beside"):
+        encode.main([*flags, "--split", "val", "--out", str(tmp_path / "latents")])
+    encode.main([*flags, "--out", str(tmp_path / "latents")])
+    with pytest.raises(ValueError, match="has vae_hash .*encode both by one VAE"):
+        train_sit.main(["--latents", trained[2], *SIT, "--steps", "1", "--val-latents",
+                        str(tmp_path / "latents"), "--out", str(tmp_path / "sit")])
+
+
 def test_vae_step_does_not_depend_on_the_micro_batch(pictures, tmp_path):
     """Discriminator and mapper have BatchNorm, so this fails unless its groups are fixed."""
     for micro in ("16", "4"):
@@ -179,9 +238,13 @@ def test_two_processes_take_the_same_vae_step_as_one(pictures, tmp_path):
 
 def test_two_processes_take_the_same_sit_step_and_encode_and_sample_the_same(pictures, trained, tmp_path):
     _, vae, latents, sit = trained
-    train_sit.main(["--latents", latents, *SIT, "--steps", "1", "--out", str(tmp_path / "one")])
-    torchrun("train_sit.py", "--latents", latents, *SIT, "--steps", "1", "--out", tmp_path / "two")
+    flags = ["--latents", latents, *SIT, "--steps", "1", "--val-latents", latents]
+    train_sit.main([*flags, "--out", str(tmp_path / "one")])
+    torchrun("train_sit.py", *flags, "--out", tmp_path / "two")
     assert_same_gradient(newest(tmp_path / "one"), newest(tmp_path / "two"), "optimizer")
+    logs = [rows(tmp_path / name)[-1] for name in ("one", "two")]
+    for key in ("loss", "flow", "flow_t0", "val_flow", "grad_norm"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4), key
     torchrun("encode.py", "--data", pictures, "--vae", vae, "--image-size", "32", "--workers", "0",
              "--device", "cpu", "--out", tmp_path / "latents", "--shard-size", "16")
     for name in sorted(os.listdir(latents)):
@@ -274,6 +337,14 @@ def test_run_of_bad_steps_stops_and_names_the_term(pictures, tmp_path, monkeypat
     with pytest.raises(RuntimeError, match="3 steps in a row skipped.*first non-finite term: rec"):
         train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "9", "--stop-after-bad", "3",
                         "--out", str(tmp_path)])
+
+
+def test_run_that_has_died_is_reported(capsys):
+    alive = {"grad_norm": 1e-9, "align": 1e-9, "gan": 0.1, "loss": 0.0}
+    for row, warned in ((alive, False), ({**alive, "gan": -1e-9}, True), ({"grad_norm": 0.0}, True),
+                        ({"grad_norm": 1e-3}, False), ({"grad_norm": float("nan")}, False)):
+        common.check_health(row, 0, 100, 50)
+        assert ("step 50: gradient and losses are 0" in capsys.readouterr().out) == warned, row
 
 
 def test_discriminator_enters_the_vae_loss_only_after_its_warmup(pictures, tmp_path):

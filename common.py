@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+EARLY_LOGS = (10, 20)  # steps that are logged whatever --log-every says
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -183,8 +184,13 @@ def saved_bytes(forward) -> int:
 
 def compile_modules(*modules) -> None:
     """torch.compile each module in place (names stay); without a compiler stay eager and say so."""
+    modules = [m for m in modules if m is not None]
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=next(modules[0].parameters()).device))
+    except Exception as error:  # no compiler, no triton, a platform without either
+        return print0(f"torch.compile: off, runs eagerly: {str(error).strip().splitlines()[0][:200]}")
     torch._dynamo.config.suppress_errors = True
-    for module in (m for m in modules if m is not None):
+    for module in modules:
         module.compile()
     print0("torch.compile: on; what cannot be compiled runs eagerly")
 
@@ -404,6 +410,10 @@ class Log:
             for sink in self.sinks:
                 sink(step, {k: v for k, v in row.items() if isinstance(v, (int, float))})
             self.bar.set_postfix_str(", ".join(f"{k} {row[k]:.4g}" for k in show if k in row))
+            if step in EARLY_LOGS:  # a loader too slow, a memory nearly full or a week to go: say so at once
+                self.bar.write(f"step {step}: {row['images_per_s']:.4g} images/s, waiting for data "
+                               f"{row['data_wait_percent']:.0f} % of the time, peak memory "
+                               f"{row['peak_memory_gib']:.1f} GiB, {row['eta_s'] / 60:.3g} min left")
 
     def close(self) -> None:
         """Close file and bar."""
@@ -415,6 +425,17 @@ class Log:
 def progress(steps, proc: Proc, name: str):
     """Iterate over `steps` with a tqdm bar on rank 0."""
     return tqdm(steps, desc=name, disable=not proc.main, mininterval=2.0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes that tensors took at most on a CUDA device, else this process (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Timer:
@@ -444,8 +465,7 @@ class Timer:
         done, left = step - self.step, self.num_steps - step
         row = {"images_per_s": done * batch_size / seconds, "step_ms": 1000 * seconds / done,
                "data_wait_percent": 100 * self.waited / seconds, "eta_s": left * seconds / done}
-        if self.proc.device.type == "cuda":
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["peak_memory_gib"] = peak_memory(self.proc.device) / 2**30
         self.begin, self.step, self.waited, self.paused = time.perf_counter(), step, 0.0, 0.0
         return row
 

@@ -170,6 +170,8 @@ class ImageFolder:
         found, folders = _find_images(root), _class_folders(root)
         if not found:
             raise ValueError(f"{root}: no images in it; want --data DIR with files {' '.join(SUFFIXES)}")
+        if {"train", "val"} <= {*folders}:
+            raise ValueError(f"{root}: its folders train and val are no classes; want --data {root}/train")
         loose = [name for name in found if "/" not in name]
         classes = sorted({name.partition("/")[0] for name in found if "/" in name})
         if loose and classes:
@@ -548,6 +550,9 @@ class LatentFolder(_Shards):
             raise ValueError(f"{file}: std {meta['std']}, want numbers > 0; check the VAE and encode again")
         self.num_classes, self.class_names = meta["num_classes"], meta["class_names"]
         self.image_size = meta["image_size"]
+        if not ((0 <= self.labels) & (self.labels < self.num_classes)).all():
+            raise ValueError(f"{path}: labels {self.labels.min()} to {self.labels.max()}, want 0 to "
+                             f"{self.num_classes - 1}; remove the folder and encode again")
 
     def __len__(self):
         return len(self.labels)

@@ -55,9 +55,10 @@ def encode(args, proc):
     side = size // vae.stride
     per_image = 2 * vae.config.z_channels * side * side * (4 if args.store == "float32" else 2)
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
+    dtype = common.resolve_dtype(args.dtype, proc.device)
     common.print0(f"{len(dataset):,} images of {size} px -> {vae.config.z_channels} x {side} x {side} "
                   f"latents, {len(dataset) * per_image * (1 + args.flip) / 2**30:.2f} GiB in {args.out}; "
-                  f"VAE {path} ({sum(p.numel() for p in vae.parameters()):,} parameters)")
+                  f"VAE {path} ({sum(p.numel() for p in vae.parameters()):,} parameters, {dtype})")
     if args.dry_run:
         return None
     writer = data.LatentWriter(args.out, {
@@ -69,7 +70,6 @@ def encode(args, proc):
     vae.to(proc.device)
     if proc.device.type == "cuda":
         vae.to(memory_format=torch.channels_last)
-    dtype = common.resolve_dtype(args.dtype, proc.device)
 
     def moments(images):
         """uint8 (B, 3, H, W) -> [mean | std] (B, 2C, h, w)"""

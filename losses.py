@@ -161,17 +161,18 @@ def generator_loss(logits_fake):
     return -at_least_float32(logits_fake).mean()
 
 
-def adaptive_gan_weight(nll, g_loss, last_layer, max_weight=1e4):
+def adaptive_gan_weight(nll, g_loss, last_layer, max_weight=1e4, scale=1.0):
     """Return |d nll / d last_layer| / |d g_loss / d last_layer| as a constant in [0, max_weight].
 
     Eq. 7 of VQGAN (arXiv:2012.09841). nll: the loss to weigh g_loss against; terms that do not reach
-    last_layer, such as KL, make no difference. last_layer: weight of the decoder's last convolution.
-    0 where no graph is recorded.
+    last_layer, such as KL, make no difference. last_layer: weight of the decoder's last convolution. scale:
+    factor on the losses while they are differentiated, for fp16, whose gradients of a mean over pixels
+    would be rounded to 0. 0 where no graph is recorded.
     """
     if not (torch.is_grad_enabled() and nll.requires_grad and g_loss.requires_grad):
         return torch.zeros((), device=last_layer.device)
-    norms = [at_least_float32(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
-             for loss in (nll, g_loss)]
+    norms = [at_least_float32(torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0]).norm()
+             / scale for loss in (nll, g_loss)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, max_weight).detach()
 
 

@@ -59,8 +59,8 @@ def measured(run) -> dict:
             "PSNR, dB": rfid["psnr_db"],
             "probe F1, flattened": vae["flat"]["macro_f1"],
             "probe F1, pooled": vae["pooled"]["macro_f1"],
-            f"FD-judge of {rfid['n']} reconstructions": rfid["fd"],
-            **{f"FD-judge of {samples['n']} samples, {how}": samples["fd"]
+            f"FD-judge of {rfid['n']} reconstructions vs their originals": rfid["fd"],
+            **{f"FD-judge of {samples['n']} samples vs {gfid['reference']['name']}, {how}": samples["fd"]
                for how, samples in zip(GUIDANCE.values(), gfid["sets"].values())},
             **{f"class accuracy of samples, {how}": samples["class_accuracy"]
                for how, samples in zip(GUIDANCE.values(), gfid["sets"].values())},

@@ -184,10 +184,12 @@ def sample(args, proc):
         return check_sanity(args, vae.to(proc.device), meta, facts, proc.device)
     num = args.num or min(8 * meta["num_classes"], 80)
     evaluations = nfe(args.steps, heun=args.sampler == "heun")
+    dtype = common.resolve_dtype(args.dtype, proc.device)
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
     common.print0(f"{num} images: {facts['checkpoint']} (step {facts['step']}, {args.weights} weights, "
-                  f"{sum(p.numel() for p in model.parameters()):,} parameters), {args.sampler} {args.steps} "
-                  f"steps = {evaluations} evaluations, cfg {args.cfg:g} in {tuple(args.cfg_interval)}; "
+                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype}), {args.sampler} "
+                  f"{args.steps} steps = {evaluations} evaluations, cfg {args.cfg:g} in "
+                  f"{tuple(args.cfg_interval)}; "
                   f"latent statistics {weights.statistics_hash(meta['mean'], meta['std'])[:12]}, "
                   f"{facts['latent_statistics']}")
     if args.dry_run:
@@ -195,7 +197,6 @@ def sample(args, proc):
     model, vae = model.to(proc.device), vae.to(proc.device)
     if args.compile:
         common.compile_modules(model, vae.decoder)
-    dtype = common.resolve_dtype(args.dtype, proc.device)
     mine = np.array_split(np.arange(num), proc.world)[proc.rank]
     images = np.empty((len(mine), *(vae.stride * side for side in meta["latent_size"]), 3), np.uint8)
     labels = np.empty(len(mine), np.int64)
@@ -206,7 +207,8 @@ def sample(args, proc):
     if proc.main:
         write(args, images, labels, meta, dict(
             facts, num_images=num, nfe=evaluations, autocast=str(dtype), device=str(proc.device),
-            guided_channels="all", time="t=1 noise, t=0 data"))
+            guided_channels="all", time="t=1 noise, t=0 data",
+            time_grid="linspace(1, .04, steps), 0" if args.sampler == "sde" else "linspace(1, 0, steps + 1)"))
     return args.out
 
 

@@ -97,7 +97,7 @@ def build(args, latents):
     return model.train(), teacher
 
 
-def describe(args, latents, model, micro, accum, world, steps):
+def describe(args, latents, model, micro, accum, proc, steps):
     """Print the resolved configuration, parameter counts, batch arithmetic and the memory to expect."""
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -106,8 +106,10 @@ def describe(args, latents, model, micro, accum, world, steps):
                   f"({trained:,} trained)")
     common.print0(f"latents: {len(latents):,} of {meta['channels']} x {meta['latent_size'][0]} x "
                   f"{meta['latent_size'][1]}, {meta['num_classes']} classes, VAE {meta['vae_hash'][:12]}")
-    common.print0(f"batch: {args.batch_size} global = {world} processes x {accum} micro-batches x {micro}; "
-                  f"lr {args.lr:g} as typed; {per_epoch} steps/epoch, {steps:,} steps = "
+    common.print0(f"precision: {common.resolve_dtype(args.dtype, proc.device)} autocast, float32 weights "
+                  f"and losses; device: {proc.device}")
+    common.print0(f"batch: {args.batch_size} global = {proc.world} processes x {accum} micro-batches x "
+                  f"{micro}; lr {args.lr:g} as typed; {per_epoch} steps/epoch, {steps:,} steps = "
                   f"{steps / max(per_epoch, 1):.1f} epochs = {steps * args.batch_size:,} images")
     with torch.device("meta"):
         shadow = SiT(model.config)
@@ -131,7 +133,7 @@ def train(args, proc):
     steps = args.steps or int(args.epochs * (len(latents) // args.batch_size))
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
     model, teacher = build(args, latents)
-    describe(args, latents, model, micro, accum, proc.world, steps)
+    describe(args, latents, model, micro, accum, proc, steps)
     if args.dry_run:
         return None
     images = None
@@ -233,7 +235,7 @@ class Run:
             self.step += 1
             self.ema.update(self.model, self.step, skipped)
             done, row = self.step == self.num_steps, None
-            if self.step % args.log_every == 0 or done:
+            if self.step % args.log_every == 0 or self.step in common.EARLY_LOGS or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
                 common.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
             if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:

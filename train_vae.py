@@ -125,14 +125,18 @@ class Critic(nn.Module):
         return self.judge(real), self.judge(fake)
 
 
-def build(args, image_size):
-    """Return (vae, mapper or None, teacher or None, lpips or None, critic or None), on the CPU."""
-    vae = VAE(VAE_SIZES[args.vae]) if args.init == "none" else load_vae(weights.resolve(args.init))
+def build(args, image_size, checkpoint=None):
+    """Return (vae, mapper or None, teacher or None, lpips or None, critic or None), on the CPU.
+
+    checkpoint: of the run that is continued; it holds all that --init and --disc-init began with.
+    """
+    init, disc_init = (args.init, args.disc_init) if checkpoint is None else (checkpoint, "none")
+    vae = VAE(VAE_SIZES[args.vae]) if init == "none" else load_vae(weights.resolve(init))
     if vae.config.network != VAE_SIZES[args.vae].network:
         held = vae.config.z_channels, vae.stride
         name = next((f"{k}: give --vae {k}" for k, v in VAE_SIZES.items() if v.network == vae.config.network),
                     f"a VAE of {held[0]} channels at 1/{held[1]}, which --vae has no name for")
-        raise ValueError(f"--vae asks for {args.vae}, --init {args.init} holds {name}")
+        raise ValueError(f"--vae asks for {args.vae}, {'' if checkpoint else '--init '}{init} holds {name}")
     if image_size % vae.stride:
         raise ValueError(f"--image-size {image_size} is not a multiple of the VAE's stride {vae.stride}")
     vae.checkpointing = args.checkpointing
@@ -150,12 +154,12 @@ def build(args, image_size):
         raise ValueError("--disc-init: --gan 0 trains without a discriminator; leave one of them out")
     critic = None
     if args.gan > 0:
-        disc = PatchDiscriminator() if args.disc_init == "none" else load_discriminator(args.disc_init)
+        disc = PatchDiscriminator() if disc_init == "none" else load_discriminator(disc_init)
         critic = Critic(disc, args.bn_group)
     return vae.train(), mapper, teacher, lpips, critic
 
 
-def describe(args, dataset, modules, micro, accum, world, steps):
+def describe(args, dataset, modules, micro, accum, proc, steps):
     """Print the resolved configuration, parameter counts, batch arithmetic and the memory to expect."""
     vae, mapper, teacher, lpips, critic = modules
     common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
@@ -168,8 +172,10 @@ def describe(args, dataset, modules, micro, accum, world, steps):
             common.print0(f"parameters: {name} {count:,}")
     per_epoch = len(dataset) // args.batch_size
     common.print0(f"data: {len(dataset):,} images, {dataset.num_classes} classes, {args.image_size} px")
-    common.print0(f"batch: {args.batch_size} global = {world} processes x {accum} micro-batches x {micro}; "
-                  f"lr {args.lr:g} as typed; {per_epoch} steps/epoch, {steps:,} steps = "
+    common.print0(f"precision: {common.resolve_dtype(args.dtype, proc.device)} autocast, float32 weights "
+                  f"and losses; device: {proc.device}")
+    common.print0(f"batch: {args.batch_size} global = {proc.world} processes x {accum} micro-batches x "
+                  f"{micro}; lr {args.lr:g} as typed; {per_epoch} steps/epoch, {steps:,} steps = "
                   f"{steps / max(per_epoch, 1):.1f} epochs = {steps * args.batch_size:,} images")
     with torch.device("meta"):
         shadow = VAE(vae.config)
@@ -192,12 +198,15 @@ def train(args, proc):
                          f"{math.gcd(micro, args.bn_group)}")
     steps = args.steps or int(args.epochs * (len(dataset) // args.batch_size))
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
-    modules = build(args, args.image_size)
-    describe(args, dataset, modules, micro, accum, proc.world, steps)
+    found = common.latest_checkpoint(args.out, FORMAT)
+    modules = build(args, args.image_size, found and str(found[0]))
+    describe(args, dataset, modules, micro, accum, proc, steps)
     if args.dry_run:
         return None
     run = Run(args, proc, modules, steps)
-    run.resume()
+    if found is not None:
+        run.resume(*found)
+    del found  # its tensors have been copied
     loader = data.make_loader(dataset, args.batch_size, proc.rank, proc.world, micro, args.seed, run.step,
                               steps, args.workers if proc.device.type != "mps" else 0)
     val_set = data.open_dataset(args.data, args.image_size, split="val", val=args.val)
@@ -208,7 +217,7 @@ def train(args, proc):
 def latent_summary(z):
     """Collapse detector of latents z (B, C, h, w): spread of the channels, effective rank (exp of the
     spectrum's entropy)."""
-    rows = z.float().transpose(0, 1).flatten(1)  # (C, B*h*w)
+    rows = z.float().cpu().transpose(0, 1).flatten(1)  # (C, B*h*w); eigvalsh is not on every device
     spectrum = torch.linalg.eigvalsh(torch.cov(rows)).clamp_min(1e-12)
     share = spectrum / spectrum.sum()
     return {"latent_std_min": rows.std(1).min().item(), "latent_std_max": rows.std(1).max().item(),
@@ -260,12 +269,8 @@ class Run:
             common.save_checkpoint(Path(self.args.out) / f"ckpt_{self.step:07d}.pt", self.state())
             common.prune_checkpoints(self.args.out, self.args.keep)
 
-    def resume(self):
-        """Continue from the newest readable checkpoint in --out, if there is one."""
-        found = common.latest_checkpoint(self.args.out, FORMAT)
-        if found is None:
-            return
-        path, state = found
+    def resume(self, path, state):
+        """Continue from a checkpoint; ValueError if it was made with flags of another model."""
         theirs, ours = state["mapper_config"], self.mapper and asdict(self.mapper.config)
         theirs = theirs and asdict(MapperConfig(**theirs))  # a field that came later has its default
         if state["model_config"] != asdict(self.vae.config) or theirs != ours or \
@@ -301,7 +306,7 @@ class Run:
             bad_streak = (bad_streak + 1) * skipped
             self.step += 1
             done, row = self.step == self.num_steps, None
-            if self.step % args.log_every == 0 or done:
+            if self.step % args.log_every == 0 or self.step in common.EARLY_LOGS or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
                 common.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
             if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
@@ -373,7 +378,9 @@ class Run:
             terms["gan"] = generator_loss(logits)
             weight = args.gan
             if args.gan_adaptive:
-                terms["gan_weight"] = adaptive_gan_weight(total, terms["gan"], vae.decoder.conv_out.weight)
+                scale = 2.0**10 if self.dtype == torch.float16 else 1.0
+                terms["gan_weight"] = adaptive_gan_weight(total, terms["gan"], vae.decoder.conv_out.weight,
+                                                          scale=scale)
                 weight = weight * terms["gan_weight"]
             total = total + weight * terms["gan"]
         if pred is not None:

@@ -241,6 +241,14 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.stem)
 
 
+def check_range(x):
+    """Raise ValueError if an image on a CPU leaves [-1, 1], as one in [0, 255] or normalised by ImageNet's
+    mean and std does (NaN passes). The trace of torch.compile leaves this out."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and (x.detach().abs() > 1.01).any():
+        raise ValueError(f"images from {x.min():.3g} to {x.max():.3g}, the VAE takes [-1, 1]: use "
+                         f"data.to_float of uint8")
+
+
 class VAE(nn.Module):
     """The autoencoder of a VAEConfig. Set `checkpointing = True` to train with less memory and more time."""
 
@@ -262,8 +270,8 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """Return the Posterior of x (B, 3, H, W), float in [-1, 1]; H and W multiples of `stride`.
 
-        The range is the caller's duty (data.to_float keeps it): checking it would stall a GPU every step.
-        Raises ValueError on integers, another channel count or size.
+        Raises ValueError on integers, another channel count or size, and on a CPU on values out of range (on
+        a GPU every step would wait for that check).
         """
         if not x.is_floating_point():
             raise ValueError(f"images are {x.dtype}, the VAE takes float in [-1, 1]: use data.to_float(x)")
@@ -271,6 +279,7 @@ class VAE(nn.Module):
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % stride or x.shape[3] % stride:
             raise ValueError(f"images have shape {tuple(x.shape)}, this VAE takes (B, {channels}, H, W), "
                              f"H and W multiples of {stride}: resize or crop them")
+        check_range(x)
         moments = self.quant_conv(self.encoder(x, self.checkpointing))
         return Posterior(*moments.chunk(2, dim=1))
 

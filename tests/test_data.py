@@ -167,6 +167,15 @@ def test_a_flat_folder_is_one_class(tmp_path):
     assert folder.labels.tolist() == [0, 0, 0]
 
 
+def test_a_folder_of_train_and_val_is_refused_and_named(tmp_path):
+    for name in ("train/cat/a.png", "val/cat/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.fromarray(picture()).save(tmp_path / name)
+    with pytest.raises(ValueError, match="train and val are no classes; want --data .*/train"):
+        data.ImageFolder(tmp_path, 16)
+    assert len(data.ImageFolder(tmp_path / "train", 16)) == 1
+
+
 def test_odd_names_are_found_and_hidden_files_and_broken_links_are_not(tmp_path):
     names = ["Ünïcode/Bild mit Leerzeichen.PNG", "a/deep/er/x.JPEG", "a/y.TIFF", "a/z.Webp", "b.dir/日本.bmp"]
     for name in names:
@@ -461,6 +470,17 @@ def test_damaged_shards_are_named(tmp_path):
         data.LatentWriter(tmp_path / "empty", latent_meta()).finish()
     with pytest.raises(FileNotFoundError, match="meta.json.*encode.py"):
         data.LatentFolder(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_stored_labels_that_are_no_classes_are_named(tmp_path, label):
+    """On a GPU the embedding would die of them without a message."""
+    write_latents(tmp_path)
+    labels = np.load(tmp_path / "labels.npy")
+    labels[7] = label
+    np.save(tmp_path / "labels.npy", labels)
+    with pytest.raises(ValueError, match=f"labels {min(label, 0)} to {max(label, 3)}, want 0 to 3"):
+        data.LatentFolder(tmp_path)
 
 
 def test_samples_in_place_of_moments_are_told_apart(tmp_path):

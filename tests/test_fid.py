@@ -743,6 +743,7 @@ def test_rfid_command_reports_psnr_ssim_and_the_originals(small_set, capsys):
                        "--out", str(folder / "rfid.json")])
     text = capsys.readouterr().out
     assert re.search(r"^rFD-judge-300 vs originals of samples, split unknown +[\d.]+$", text, re.M)
+    assert result["psnr_db"] < fid.LOW_PSNR and "verdict: below 22 dB" in text
     x = data.to_float(data.Shapes(300, 5, "train").__getitems__(range(300))[0])
     with torch.no_grad():
         x_hat = vae.eval().decode(vae.encode(x).mode())

@@ -265,6 +265,18 @@ def test_the_adaptive_weight_is_the_ratio_of_gradient_norms():
         assert adaptive_gan_weight((w * c).sum(), w.sum(), w) == 0
 
 
+@pytest.mark.parametrize("scale, exact", [(1.0, False), (2.0**10, True)])
+def test_the_adaptive_weight_of_a_large_fp16_batch_needs_its_scale(scale, exact):
+    """A mean over 2**26 values has gradients of 1.5e-8, which float16 rounds to 0."""
+    w, x = torch.tensor([0.5], requires_grad=True), torch.full((1000,), 0.25)
+
+    def loss(target, num):
+        return ((w.half() * x.half()).float() - target).abs().sum() / num
+    weight = adaptive_gan_weight(loss(0.0, 2.0**26), loss(0.0, 2.0**10), w, scale=scale)
+    wanted = 250 / 2**26 / (250 / 2**10 + 1e-4)
+    assert (abs(weight.item() - wanted) < 0.01 * wanted) == exact
+
+
 # The autoencoder's objective
 
 def test_loss_terms_on_hand_made_numbers():

@@ -207,3 +207,11 @@ def test_wrong_inputs_name_what_was_seen_and_wanted():
             model.encode(torch.zeros(1, 1, 16, 16))
         with pytest.raises(ValueError, match=r"\(1, 8, 8, 8\).*\(B, 4, h, w\).*moments"):
             model.decode(torch.zeros(1, 8, 8, 8))
+
+
+@pytest.mark.parametrize("x, seen", [(torch.full((1, 3, 16, 16), 255.0), "255 to 255"),
+                                     (torch.linspace(-2.1, 2.6, 768).view(1, 3, 16, 16), "-2.1 to 2.6")])
+def test_images_out_of_range_are_refused_on_a_cpu(x, seen):
+    with pytest.raises(ValueError, match=f"images from {seen}, the VAE takes"):
+        VAE(SMALL).encode(x)
+    assert VAE(SMALL).encode(x.clamp(-1, 1)).mean.isfinite().all()

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
+from common import positive
 from features import Extractor, FIDInception, fuse
 from fid import compute_stats
 from image_metrics import frechet_distance
@@ -45,10 +46,10 @@ def parse_args(argv=None):
     add("--stage", nargs="+", default=list(STAGES), choices=tuple(STAGES), help="what to time")
     add("--vae", default="f16d32", choices=tuple(VAE_SIZES), help="autoencoder")
     add("--model", default="XL/1", choices=tuple(SIT_SIZES), help="SiT")
-    add("--image-size", type=int, default=256, help="pixels")
-    add("--teacher-dim", type=int, default=768, help="width of the teacher's tokens")
-    add("--batch-size", type=int, default=32, help="images per step on this device")
-    add("--iters", type=int, default=10, help="timed steps (after 3 to warm up)")
+    add("--image-size", type=positive, default=256, help="pixels")
+    add("--teacher-dim", type=positive, default=768, help="width of the teacher's tokens")
+    add("--batch-size", type=positive, default=32, help="images per step on this device")
+    add("--iters", type=positive, default=10, help="timed steps (after 3 to warm up)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--against", action="store_true", help="beside pytorch-fid and torch-fidelity, if installed: same "
         "images, weights, moments; on the CPU; minutes")

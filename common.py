@@ -4,11 +4,11 @@
 * Randomness is a function of (seed, stream, step, row of the global batch), not of world size or micro-batch.
 * A checkpoint is a plain dict of tensors and plain values, written to a temporary file and renamed.
 """
+import argparse
 import hashlib
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -52,6 +52,20 @@ def add_run_flags(parser, out: str | None = None) -> None:
     add("--seed", type=int, default=0, help="seed of all randomness")
     if out is not None:
         add("--out", default=out, help="output folder")
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, want 1 or more")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}, want 0 or more")
+    return int(text)
 
 
 def setup(device: str = "auto") -> Proc:
@@ -144,6 +158,15 @@ def plan_batch(batch_size: int, micro_batch_size: int, world: int) -> tuple[int,
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} processes x micro-batch "
                          f"{micro} = {world * micro}; try --batch-size {fits}")
     return micro, batch_size // (world * micro)
+
+
+def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int) -> int:
+    """Return `steps`, or those of `epochs` if it is 0; ValueError if that makes none."""
+    steps = steps or int(epochs * (num_images // batch_size))
+    if steps < 1:
+        raise ValueError(f"--epochs {epochs:g} of {num_images} images make no step of --batch-size "
+                         f"{batch_size}; give --steps, or a smaller batch")
+    return steps
 
 
 # randomness
@@ -284,8 +307,9 @@ def load_checkpoint(path, format: str | None = None) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+    except Exception as error:  # torch, zip and pickle each raise types of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if format is not None and found != format:
         raise ValueError(f"{path}: this is {found or 'a file without a format'}, wanted {format}")
@@ -294,7 +318,7 @@ def load_checkpoint(path, format: str | None = None) -> dict:
 
 def latest_checkpoint(folder, format: str):
     """Return (path, state) of the newest readable checkpoint in `folder`, or None; a broken one is named."""
-    files = {int(p.stem[5:]): p for p in Path(folder).glob("ckpt_*.pt") if p.stem[5:].isdecimal()}
+    files = _checkpoints(folder)
     for step in sorted(files, reverse=True):
         try:
             state = load_checkpoint(files[step])
@@ -308,10 +332,17 @@ def latest_checkpoint(folder, format: str):
     return None
 
 
-def prune_checkpoints(folder, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of `folder`."""
-    for path in sorted(Path(folder).glob("ckpt_*.pt"))[:-keep]:
-        path.unlink()
+def prune_checkpoints(folder, keep: int, step: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, which has just been written; what has a
+    higher number could not be read, or the run would have continued from it."""
+    files = _checkpoints(folder)
+    for number in sorted(number for number in files if number <= step)[:-keep]:
+        files[number].unlink()
+
+
+def _checkpoints(folder) -> dict:
+    """Return {step: path} of the checkpoints in `folder`."""
+    return {int(p.stem[5:]): p for p in Path(folder).glob("ckpt_*.pt") if p.stem[5:].isdecimal()}
 
 
 def state_hash(state: dict) -> str:

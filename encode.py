@@ -13,6 +13,7 @@ import torch
 import common
 import data
 import weights
+from common import natural, positive
 from vae import load_vae
 
 
@@ -27,13 +28,13 @@ def parse_args(argv=None):
         help="val: of 'shapes', or the folder 'val' beside a --data 'train' (for train_sit.py --val-latents)")
     add("--vae", default="out/vae",
         help="checkpoint, folder (newest of ours, or diffusers'), or hf://owner/repo/file")
-    add("--image-size", type=int, default=None, help="pixels; default 256, or 32 for 'shapes'")
-    add("--batch-size", type=int, default=64, help="images per forward and device")
-    add("--shard-size", type=int, default=8192, help="images per file")
+    add("--image-size", type=positive, default=None, help="pixels; default 256, or 32 for 'shapes'")
+    add("--batch-size", type=positive, default=64, help="images per forward and device")
+    add("--shard-size", type=positive, default=8192, help="images per file")
     add("--store", default="float32", choices=("float32", "float16"), help="type on disk")
     add("--flip", action="store_true", help="also store the moments of the mirrored images, for "
         "LatentFolder.take(flips=...); train_sit.py, like REPA, does not use them")
-    add("--workers", type=int, default=8, help="processes that read images, per device")
+    add("--workers", type=natural, default=8, help="processes that read images, per device")
     add("--dry-run", action="store_true", help="print configuration and size on disk, then leave")
     common.add_run_flags(parser, out="latents")
     parser.set_defaults(dtype="fp32")  # as REPA-E caches: latents are made once and used for a million steps

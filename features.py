@@ -129,7 +129,7 @@ def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
         net.load_state_dict({**counters, **state}, assign=True)
     except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
         raise ValueError(f"{path}: not {INCEPTION_FILE} ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0][:80]}); fetch it from {INCEPTION_URL}") from error
+                         f"{' '.join(str(error).split())[:200]}); fetch it from {INCEPTION_URL}") from error
     return net.eval()
 
 
@@ -195,18 +195,20 @@ def load_timm(name: str, weights=None) -> nn.Module:
     """
     import timm
     if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"--features-weights {weights}: no such file")
+        raise FileNotFoundError(f"--features-weights {weights}: no such file; want the weights of {name}, "
+                                f"huggingface.co/timm/{name}")
     overlay = {"file": str(weights)} if weights else {}
     if "dinov2" in name:
         overlay["input_size"] = (3, 224, 224)  # FD-DINOv2, arXiv:2306.04675; timm would take 518
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).eval()
-    except RuntimeError as error:
-        raise ValueError(f"--features {name}: {str(error).splitlines()[0]}; want inception, shapes or a "
-                         "timm model") from error
-    except OSError as error:
-        raise FileNotFoundError(f"--features {name}: weights neither cached nor to be had from the hub "
-                                f"(huggingface.co/timm/{name}); give --features-weights FILE") from error
+    except Exception as error:  # timm, torch, safetensors and the hub's client raise types of their own
+        if weights is None and isinstance(error, OSError):
+            raise FileNotFoundError(f"--features {name}: weights neither cached nor to be had from the hub "
+                                    f"(huggingface.co/timm/{name}); give --features-weights FILE") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"--features {name}, weights {weights or 'from the hub'}: {reason}; want inception, "
+                         "shapes or a timm model, and its weights") from error
 
 
 class Extractor(nn.Module):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import common
 import data
+from common import natural, positive
 from features import INCEPTION_FILE, Extractor, FIDInception, fuse
 from image_metrics import (FeatureStats, check_comparable, closer_than_training, frechet_distance,
                            inception_score, kernel_distance, nearest, precision_recall, psnr, ssim)
@@ -257,6 +258,9 @@ def run_gfid(args, extractor, proc) -> dict:
         return {}
     name, (result, *others) = reference.meta["name"], sets.values()
     title = f"{extractor.label} vs {name}" if others else f"{extractor.label}-{result['n']} vs {name}"
+    counts = sorted({row["n"] for row in sets.values()})
+    if len(counts) > 1:
+        print(f"warning: sets of {counts[0]} to {counts[-1]} images: their distances are not comparable")
     result = {"sets": sets} if others else result
     result |= {"reference": reference.meta, "reference_n": reference.n}
     report(title, result, args, proc)
@@ -398,12 +402,12 @@ def parse_args(argv=None):
         "hub's cache, to which it is fetched once")
     add("--features-weights", default=None, help="local weights of the timm model; default: the hub's")
     add("--resize", default="tf1", choices=("tf1", "pytorch-fid"), help="to Inception's 299 px; tf1: ADM's")
-    add("--image-size", type=int, default=None, help="pixels that folders are cropped to; default: as the "
-        "samples' npz, 32 beside 'shapes', else 256")
+    add("--image-size", type=positive, default=None, help="pixels that folders are cropped to; default: as "
+        "the samples' npz, 32 beside 'shapes', else 256")
     add("--split", default=None, choices=SPLITS, help="split of REF, DATA or TRAIN; default: by the folder's "
         "name; 'shapes': val (of TRAIN: train)")
-    add("--batch-size", type=int, default=64, help="images per forward and device")
-    add("--workers", type=int, default=4, help="processes that read images, per device")
+    add("--batch-size", type=positive, default=64, help="images per forward and device")
+    add("--workers", type=natural, default=4, help="processes that read images, per device")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: the first there is")
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -28,6 +28,7 @@ from torch import Tensor
 import common
 import data
 import weights
+from common import natural, positive
 from attributes import SHAPES_TRAIN, open_attributes
 from latent_metrics import (attribute_scores, class_scores, f1_scores, fit_linear_probe, latent_measures,
                             pca_rgb)
@@ -398,13 +399,13 @@ def parse_args(argv=None):
     add("--data", default="shapes", help="'shapes', or the folder of CelebA, DeepFashion, AwA2, or of images "
         "with attributes.csv or class folders; KIND:DIR (celeba, deepfashion, awa2, folder) where DIR has "
         "files of two kinds")
-    add("--image-size", type=int, default=None, help="pixels; default 256, or 32 for 'shapes'")
-    add("--num-train", type=int, default=0, help=f"images to fit on; 0 = all, {SHAPES_TRAIN} of 'shapes'")
+    add("--image-size", type=positive, default=None, help="pixels; default 256, or 32 for 'shapes'")
+    add("--num-train", type=natural, default=0, help=f"images to fit on; 0 = all, {SHAPES_TRAIN} of 'shapes'")
     add("--classes", action="store_true", help="probe class labels only")
     add("--class-data", default=None, help="folder of class folders for the class probe, where --data has no "
         "classes")
-    add("--batch-size", type=int, default=64, help="images per forward")
-    add("--workers", type=int, default=4, help="processes that read images")
+    add("--batch-size", type=positive, default=64, help="images per forward")
+    add("--workers", type=natural, default=4, help="processes that read images")
     add = parser.add_argument_group("features").add_argument
     add("--vae", nargs="+", default=None, help="checkpoints, folders of them (newest), or "
         "hf://owner/repo/file; default: that of --sit, or out/vae")
@@ -417,7 +418,7 @@ def parse_args(argv=None):
         "of ours (newest), or hf://owner/repo/file")
     add("--latent-stats", default=None, help="for published SiTs, as in sample.py: statistics file, or "
         "0.18215 for SD-VAE; default: in the SiT (REPA-E) or beside the VAE")
-    add("--block", type=int, default=4, help="SiT block after which tokens are taken, counted from 1")
+    add("--block", type=positive, default=4, help="SiT block after which tokens are taken, counted from 1")
     add("--t", type=float, default=0.3, help="noise time of the SiT's input, 0 = clean")
     add("--seed", type=int, default=0, help="seed of that noise, and of --num-train")
     add = parser.add_argument_group("run").add_argument
@@ -425,7 +426,7 @@ def parse_args(argv=None):
     add("--store", default="float32", choices=("float32", "float16"), help="type of features on disk")
     add("--memory", type=float, default=2.0, help="GiB of train features to hold while fitting; more are "
         "read from disk for every evaluation of the loss, 0 = always")
-    add("--max-iter", type=int, default=100, help="iterations of L-BFGS for each weight decay, at most; wide "
+    add("--max-iter", type=positive, default=100, help="iterations of L-BFGS for each weight decay, at most; "
         "features gain a little from more")
     add("--teacher-weights", default=None, help="local weights of the teacher in the picture; default: the "
         "hub's")

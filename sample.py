@@ -21,6 +21,7 @@ import torch
 import common
 import data
 import weights
+from common import natural, positive
 from sit import guided_velocity, nfe, read_sit, sample_ode, sample_sde
 from vae import load_vae
 
@@ -49,12 +50,12 @@ def parse_args(argv=None):
     add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
         help="noise times with guidance, inclusive (1 = pure noise); the paper's runs: 0 0.75")
     add("--sampler", default="sde", choices=SAMPLERS, help="sde: Euler-Maruyama; euler, heun: the ODE")
-    add("--steps", type=int, default=250, help="solver steps")
+    add("--steps", type=positive, default=250, help="solver steps")
     # the long name for torchrun, whose own parser takes --num for an abbreviation of one of its flags
-    add("--num", "--num-images", type=int, default=0, help="images; 0 = 8 of each class, at most 80")
+    add("--num", "--num-images", type=natural, default=0, help="images; 0 = 8 of each class, at most 80")
     add("--labels", default="balanced", choices=("balanced", "random"),
         help="balanced: image i has class i mod num_classes; random: uniform, as in REPA's numbers")
-    add("--batch-size", type=int, default=64, help="images per forward and device")
+    add("--batch-size", type=positive, default=64, help="images per forward and device")
     add("--npz", action="store_true",
         help="also write samples.npz (arr_0 images, arr_1 labels: ADM's format)")
     add("--compile", action="store_true", help="torch.compile the model and the decoder")
@@ -238,6 +239,7 @@ def write(args, images, labels, meta, facts):
     """Write the files and say where."""
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples.npz").unlink(missing_ok=True)  # of an earlier run: not what protocol.json will say
     shown = images[:80]
     columns = min(meta["num_classes"], 10) if args.labels == "balanced" and meta["num_classes"] > 1 \
         else max(1, math.isqrt(len(shown)))
@@ -256,8 +258,6 @@ def write(args, images, labels, meta, facts):
 def main(argv=None):
     """Entry point of the command."""
     args = parse_args(argv)
-    if args.steps < 1 or args.num < 0 or args.batch_size < 1:
-        raise ValueError("--steps and --batch-size must be at least 1, --num at least 0")
     if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
         raise ValueError(f"--cfg-interval {args.cfg_interval[0]:g} {args.cfg_interval[1]:g}: want "
                          "0 <= LO <= HI <= 1, in noise time (1 = pure noise)")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import (fetch, load_strictly, read_file, resolve, save_pt, save_statistics, sit_state,
+from weights import (config_of, fetch, load_strictly, read_file, resolve, save_pt, save_statistics, sit_state,
                      statistics_of)
 
 
@@ -443,7 +443,7 @@ def read_sit(path: str | Path, which: str = "ema") -> tuple[SiT, dict]:
     state = sit_state(content, path, which)
     ours = content.get("format") == "nanosendvae-sit"
     try:
-        cfg = SiTConfig(**content["model_config"]) if ours else _infer_config(state)
+        cfg = config_of(SiTConfig, content["model_config"], path) if ours else _infer_config(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):  # no time spent on initial weights

@@ -16,6 +16,8 @@ import torch
 
 import common
 import data
+import weights
+from common import natural, positive
 from mapper import Teacher, alignment_loss
 from sit import (SIT_SIZES, SiT, SiTConfig, drop_labels, flow_loss, guided_velocity, interpolate, sample_ode,
                  sample_t)
@@ -32,7 +34,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--latents", default="latents", help="folder written by encode.py")
     add("--val-latents", default=None, help="folder of encode.py --split val: logs the EMA's flow loss on it")
-    add("--workers", type=int, default=4, help="processes that read latents (and images), per device")
+    add("--workers", type=natural, default=4, help="processes that read latents (and images), per device")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="XL/1", choices=tuple(SIT_SIZES), help="size/patch; /1 for f16 latents, /2 for f8")
     add("--label-dropout", type=float, default=0.1,
@@ -42,19 +44,19 @@ def parse_args(argv=None):
     add("--repa", action="store_true",
         help="add REPA's loss: the tokens after --repa-block predict the teacher's")
     add("--repa-weight", type=float, default=0.5, help="weight of 1 - cos")
-    add("--repa-block", type=int, default=0,
+    add("--repa-block", type=natural, default=0,
         help="1-based; 0 = 8 for L and XL, 4 for smaller (REPA's choice)")
     add("--data", default=None, help="the images that were encoded; default: the folder named in the latents")
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--teacher-weights", default=None, help="local file instead of the hub")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, default=256, help="images per step over all devices")
-    add("--micro-batch-size", type=int, default=0, help="images per forward and device; 0 = all at once")
+    add("--batch-size", type=positive, default=256, help="images per step over all devices")
+    add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
     add("--epochs", type=float, default=80, help="passes over the data (ignored with --steps)")
-    add("--steps", type=int, default=0, help="optimisation steps; 0 = from --epochs")
+    add("--steps", type=natural, default=0, help="optimisation steps; 0 = from --epochs")
     add("--lr", type=float, default=1e-4, help="AdamW learning rate, as typed")
-    add("--warmup", type=int, default=0, help="steps over which lr rises from 0")
-    add("--cooldown", type=int, default=0, help="last steps over which lr falls to 0")
+    add("--warmup", type=natural, default=0, help="steps over which lr rises from 0")
+    add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
     add("--ema", type=float, default=0.9999, help="decay of the weights' average (warms up)")
     add("--t-sampling", default="uniform", choices=("uniform", "lognormal"),
@@ -62,13 +64,14 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging").add_argument
-    add("--log-every", type=int, default=100, help="steps")
-    add("--val-every", type=int, default=1000, help="steps between flow losses on --val-latents")
-    add("--sample-every", type=int, default=10000, help="steps between preview pictures; 0 = at the end only")
+    add("--log-every", type=positive, default=100, help="steps")
+    add("--val-every", type=positive, default=1000, help="steps between flow losses on --val-latents")
+    add("--sample-every", type=natural, default=10000,
+        help="steps between preview pictures; 0 = at the end only")
     add("--preview-cfg", type=float, default=2.0, help="guidance scale of the previews")
-    add("--save-every", type=int, default=10000, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="newest checkpoints kept")
-    add("--stop-after-bad", type=int, default=100, help="stop after so many non-finite steps in a row")
+    add("--save-every", type=positive, default=10000, help="steps between checkpoints")
+    add("--keep", type=positive, default=2, help="newest checkpoints kept")
+    add("--stop-after-bad", type=positive, default=100, help="stop after so many non-finite steps in a row")
     add("--tensorboard", action="store_true", help="also log there (needs the package tensorboard)")
     add("--wandb", default=None, metavar="PROJECT", help="also log there (needs the package wandb)")
     add("--dry-run", action="store_true", help="print configuration, sizes, batches and memory, then leave")
@@ -130,7 +133,7 @@ def train(args, proc):
             raise ValueError(f"{args.val_latents} has {key} {held_out.meta[key]}, {args.latents} "
                              f"{latents.meta[key]}; encode both by one VAE, --split train and val")
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
-    steps = args.steps or int(args.epochs * (len(latents) // args.batch_size))
+    steps = common.plan_steps(args.steps, args.epochs, len(latents), args.batch_size)
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
     model, teacher = build(args, latents)
     describe(args, latents, model, micro, accum, proc, steps)
@@ -197,7 +200,7 @@ class Run:
         common.check_same(self.model)
         if self.proc.main:
             common.save_checkpoint(Path(self.args.out) / f"ckpt_{self.step:07d}.pt", self.state())
-            common.prune_checkpoints(self.args.out, self.args.keep)
+            common.prune_checkpoints(self.args.out, self.args.keep, self.step)
 
     def resume(self):
         """Continue from the newest readable checkpoint in --out, if there is one."""
@@ -209,14 +212,14 @@ class Run:
             raise ValueError(f"{path} was trained on latents of VAE {state['latents']['vae_hash'][:12]}, "
                              f"{self.args.latents} holds those of {self.meta['vae_hash'][:12]}; "
                              f"use another --out")
-        if state["model_config"] != asdict(self.model.config):
+        if weights.config_of(SiTConfig, state["model_config"], path) != self.model.config:
             raise ValueError(f"{path} holds {state['args']['model']}, another model than the flags ask for "
                              f"({self.args.model}); give the same flags or another --out")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.ema.load(state["ema"])
         common.load_optimizer(self.optimizer, state["optimizer"])
-        if self.scaler is not None and state["scaler"]:  # none: the run so far was not fp16
+        if self.scaler is not None and state.get("scaler"):  # none: the run so far was not fp16
             self.scaler.load_state_dict(state["scaler"])
         common.print0(f"continuing from {path} at step {self.step}")
 

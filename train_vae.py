@@ -20,10 +20,11 @@ from torch import nn
 import common
 import data
 import weights
+from common import natural, positive
 from losses import (LPIPS, PatchDiscriminator, StepBatchNorm, adaptive_gan_weight, discriminator_loss,
                     generator_loss, load_discriminator, vae_loss)
 from mapper import Mapper, MapperConfig, Teacher, alignment_loss
-from vae import VAE, VAE_SIZES, Posterior, load_vae
+from vae import VAE, VAE_SIZES, Posterior, VAEConfig, load_vae
 
 FORMAT = "nanosendvae-vae"
 PUBLISHED_INIT = "hf://hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-f16d32-dinov2.pt"
@@ -40,8 +41,8 @@ def parse_args(argv=None):
         help="folder of class folders, flat folder, or 'shapes' (embedded set)")
     add("--val", default=None,
         help="folder of held-out images; default: the folder 'val' beside 'train', if any")
-    add("--image-size", type=int, default=None, help="pixels; default 256, or 32 for 'shapes'")
-    add("--workers", type=int, default=8, help="processes that read images, per device")
+    add("--image-size", type=positive, default=None, help="pixels; default 256, or 32 for 'shapes'")
+    add("--workers", type=natural, default=8, help="processes that read images, per device")
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="f16d32", choices=tuple(VAE_SIZES), help="architecture; must fit --init")
     add("--init", default=PUBLISHED_INIT,
@@ -50,8 +51,8 @@ def parse_args(argv=None):
     add("--teacher-weights", default=None, help="local file instead of the hub")
     add("--mapper", default="vit", choices=("vit", "linear"),
         help="linear: one convolution, no noise (as VA-VAE)")
-    add("--mapper-depth", type=int, default=1, help="ViT blocks; 0 = patch embedding and MLP only")
-    add("--projector-dim", type=int, default=2048, help="hidden width of the mapper's MLP")
+    add("--mapper-depth", type=natural, default=1, help="ViT blocks; 0 = patch embedding and MLP only")
+    add("--projector-dim", type=positive, default=2048, help="hidden width of the mapper's MLP")
     add("--mapper-noise", default="on", choices=("on", "off"), help="noise the latent before the mapper")
     add("--mapper-norm", default="on", choices=("on", "off"),
         help="BatchNorm of the latent before noise and (vit) mapper, as REPA-E; off: eq. 1 on the raw latent")
@@ -66,28 +67,28 @@ def parse_args(argv=None):
         help="scale --gan by the gradient ratio at the last layer (as VQGAN), per micro-batch")
     add("--disc-init", default="none",
         help="discriminator to start from: file or hf://owner/repo/file, or 'none' (from scratch)")
-    add("--disc-start", type=int, default=0, help="step at which the discriminator begins to train")
-    add("--disc-warmup", type=int, default=0, help="further steps before it enters the VAE loss")
+    add("--disc-start", type=natural, default=0, help="step at which the discriminator begins to train")
+    add("--disc-warmup", type=natural, default=0, help="further steps before it enters the VAE loss")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, default=1024, help="images per step over all devices")
-    add("--micro-batch-size", type=int, default=0, help="images per forward and device; 0 = all at once")
+    add("--batch-size", type=positive, default=1024, help="images per step over all devices")
+    add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
     add("--epochs", type=float, default=80, help="passes over the data (ignored with --steps)")
-    add("--steps", type=int, default=0, help="optimisation steps; 0 = from --epochs")
+    add("--steps", type=natural, default=0, help="optimisation steps; 0 = from --epochs")
     add("--lr", type=float, default=3e-4, help="AdamW learning rate, as typed")
     add("--disc-lr", type=float, default=1e-4, help="AdamW learning rate of the discriminator")
-    add("--warmup", type=int, default=0, help="steps over which lr rises from 0")
-    add("--cooldown", type=int, default=0, help="last steps over which lr falls to 0")
+    add("--warmup", type=natural, default=0, help="steps over which lr rises from 0")
+    add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
-    add("--bn-group", type=int, default=32, help="images per BatchNorm call in mapper and discriminator")
+    add("--bn-group", type=positive, default=32, help="images per BatchNorm call in mapper and discriminator")
     add("--compile", action="store_true", help="torch.compile encoder, decoder and teacher")
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging").add_argument
-    add("--log-every", type=int, default=50, help="steps")
-    add("--eval-every", type=int, default=1000,
+    add("--log-every", type=positive, default=50, help="steps")
+    add("--eval-every", type=natural, default=1000,
         help="steps between evaluations with a picture; 0 = at the end only")
-    add("--save-every", type=int, default=5000, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="newest checkpoints kept")
-    add("--stop-after-bad", type=int, default=100, help="stop after so many non-finite steps in a row")
+    add("--save-every", type=positive, default=5000, help="steps between checkpoints")
+    add("--keep", type=positive, default=2, help="newest checkpoints kept")
+    add("--stop-after-bad", type=positive, default=100, help="stop after so many non-finite steps in a row")
     add("--tensorboard", action="store_true", help="also log there (needs the package tensorboard)")
     add("--wandb", default=None, metavar="PROJECT", help="also log there (needs the package wandb)")
     add("--dry-run", action="store_true", help="print configuration, sizes, batches and memory, then leave")
@@ -137,12 +138,13 @@ def build(args, image_size, checkpoint=None):
         name = next((f"{k}: give --vae {k}" for k, v in VAE_SIZES.items() if v.network == vae.config.network),
                     f"a VAE of {held[0]} channels at 1/{held[1]}, which --vae has no name for")
         raise ValueError(f"--vae asks for {args.vae}, {'' if checkpoint else '--init '}{init} holds {name}")
-    if image_size % vae.stride:
-        raise ValueError(f"--image-size {image_size} is not a multiple of the VAE's stride {vae.stride}")
+    patch = MAPPER_PATCH[args.vae] if args.align > 0 else 1
+    if image_size % (vae.stride * patch):
+        raise ValueError(f"--image-size {image_size} is not a multiple of {vae.stride * patch}: the VAE's "
+                         f"stride {vae.stride} x the mapper's patch {patch}")
     vae.checkpointing = args.checkpointing
     mapper = teacher = None
     if args.align > 0:
-        patch = MAPPER_PATCH[args.vae]
         grid = image_size // vae.stride // patch
         teacher = Teacher(args.teacher, grid, args.teacher_weights)
         mapper = Mapper(MapperConfig(
@@ -196,7 +198,7 @@ def train(args, proc):
         raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step "
                          f"would depend on how the batch is cut; try --bn-group "
                          f"{math.gcd(micro, args.bn_group)}")
-    steps = args.steps or int(args.epochs * (len(dataset) // args.batch_size))
+    steps = common.plan_steps(args.steps, args.epochs, len(dataset), args.batch_size)
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
     found = common.latest_checkpoint(args.out, FORMAT)
     modules = build(args, args.image_size, found and str(found[0]))
@@ -267,13 +269,13 @@ class Run:
         common.check_same(self.trainee)
         if self.proc.main:
             common.save_checkpoint(Path(self.args.out) / f"ckpt_{self.step:07d}.pt", self.state())
-            common.prune_checkpoints(self.args.out, self.args.keep)
+            common.prune_checkpoints(self.args.out, self.args.keep, self.step)
 
     def resume(self, path, state):
         """Continue from a checkpoint; ValueError if it was made with flags of another model."""
         theirs, ours = state["mapper_config"], self.mapper and asdict(self.mapper.config)
-        theirs = theirs and asdict(MapperConfig(**theirs))  # a field that came later has its default
-        if state["model_config"] != asdict(self.vae.config) or theirs != ours or \
+        theirs = theirs and asdict(weights.config_of(MapperConfig, theirs, path))
+        if weights.config_of(VAEConfig, state["model_config"], path) != self.vae.config or theirs != ours or \
                 (state["discriminator"] is None) != (self.critic is None) or \
                 state["teacher"] != (self.args.teacher if self.mapper else None):
             raise ValueError(f"{path} was made with other model flags ({state['args']['vae']}, "
@@ -286,7 +288,7 @@ class Run:
         if self.critic is not None:
             self.critic.discriminator.load_state_dict(state["discriminator"])
             common.load_optimizer(self.optimizer_disc, state["optimizer_disc"])
-        for scaler, saved in zip(self.scalers, state["scalers"]):
+        for scaler, saved in zip(self.scalers, state.get("scalers", [])):
             if scaler is not None and saved:  # none: the run so far was not fp16
                 scaler.load_state_dict(saved)
         common.print0(f"continuing from {path} at step {self.step}")

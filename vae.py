@@ -316,7 +316,7 @@ def load_vae(path: str | Path) -> VAE:
     state, model_config = weights.vae_state(weights.read_file(file), path)
     about = Path(path) / "config.json"
     if model_config is not None:
-        cfg = VAEConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in model_config.items()})
+        cfg = weights.config_of(VAEConfig, model_config, path)
     elif about.is_file():
         cfg = config_from_diffusers(weights.read_json(about), about)
     else:

@@ -44,11 +44,11 @@ def resolve(path) -> str:
     """Return `path`; for a folder of our checkpoints the newest in it. hf:// and diffusers folders stay."""
     if str(path).startswith("hf://") or not os.path.isdir(path) or _diffusers_file(path):
         return str(path)
-    files = sorted(Path(path).glob("ckpt_*.pt"))
+    files = [file for file in Path(path).glob("ckpt_*.pt") if file.stem[5:].isdecimal()]
     if not files:
         raise FileNotFoundError(f"{path}: a folder with neither ckpt_*.pt nor {DIFFUSERS_FILES[0]}; "
                                 "train first, or give the weight file")
-    return str(files[-1])
+    return str(max(files, key=lambda file: int(file.stem[5:])))
 
 
 def _diffusers_file(folder):
@@ -74,6 +74,17 @@ def fetch(path) -> Path:
         raise FileNotFoundError(f"{path}: neither in the local cache nor to be had from the hub "
                                 f"({type(error).__name__}): check the name and the network, or download "
                                 f"{parts[2]} elsewhere and give its path") from error
+
+
+def config_of(kind, values: dict, path):
+    """Return kind(**values), a configuration from a checkpoint; fields that came later have their defaults.
+
+    Raises ValueError for fields that `kind` has not, or that have no default.
+    """
+    try:
+        return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{path}: written by another version of this code ({error})") from error
 
 
 def read_file(path):

@@ -184,8 +184,20 @@ def test_teacher_stays_frozen_in_eval_and_out_of_the_optimizer(dinov2_file):
     assert not teacher(x).requires_grad
 
 
+def test_weights_that_are_not_the_teachers_are_one_line_that_says_what_differs(tmp_path, dinov2_file):
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes(open(dinov2_file, "rb").read()[:5000])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    for name, reason in (("other.pth", "Missing.*cls_token"), ("cut.pth", ""), ("empty.safetensors", "")):
+        with pytest.raises(ValueError, match=rf"-weights .*{name}: not the weights.*{reason}") as seen:
+            Teacher(DINOV2_S, 4, str(tmp_path / name))
+        assert "\n" not in str(seen.value) and "hub" not in str(seen.value)
+    with pytest.raises(ValueError, match="--teacher resnet18: no ViT"):
+        Teacher("resnet18", 4, dinov2_file)
+
+
 def test_missing_or_unknown_teacher_is_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--teacher-weights .*no such file"):
+    with pytest.raises(FileNotFoundError, match="--teacher-weights .*no such file.*co/timm/vit_small"):
         Teacher(DINOV2_S, 4, str(tmp_path / "none.pth"))
     with pytest.raises(FileNotFoundError, match="hub.*--teacher-weights FILE.*--teacher shapes"):
         Teacher(DINOV2_S, 4)

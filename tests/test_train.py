@@ -148,8 +148,8 @@ def test_run_continues_without_the_file_that_it_started_from(pictures, tmp_path)
 
 
 def test_rerun_of_the_recorded_run_stays_in_its_band(tmp_path):
-    """tests/recorded_run.jsonl is the log of this command, whose command line it holds, on another day: losses
-    within 2 %, PSNR within 0.3 dB (the order of summation differs between processors)."""
+    """tests/recorded_run.jsonl is the log of an earlier run, with its command: losses within 2 %, PSNR within
+    0.3 dB of it (the order of summation differs between processors)."""
     recorded = [json.loads(line) for line in open(ROOT / "tests" / "recorded_run.jsonl")]
     train_vae.main([*recorded[0]["command"].split()[1:], "--out", str(tmp_path)])
     wanted, found = ([row for row in run if "loss" in row] for run in (recorded, rows(tmp_path)))
@@ -492,6 +492,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pictures, trained, tmp_path,
 @pytest.mark.parametrize("command, message", [
     (["train_vae.py"], "data/imagenet/train: no such folder.*quickstart.sh"),
     (["train_vae.py", "--btach-size", "3"], "unrecognized arguments: --btach-size"),
+    (["train_vae.py", "--batch-size", "x"], "argument --batch-size: invalid positive value: 'x'"),
+    (["train_vae.py", "--batch-size", "-4"], "argument --batch-size: -4, want 1 or more"),
+    (["train_sit.py", "--log-every", "0"], "argument --log-every: 0, want 1 or more"),
+    (["train_sit.py", "--steps", "-3"], "argument --steps: -3, want 0 or more"),
+    (["train_vae.py", "--data", "shapes", "--epochs", "0.001"], "0.001 of 20000 images make no step of --batch"),
     (["train_sit.py", "--latents", "nowhere"], "nowhere"),
     (["sample.py", "--ckpt", "nowhere"], "nowhere"),
     (["encode.py", "--data", "shapes", "--vae", "nowhere"], "nowhere")],
@@ -508,6 +513,39 @@ def test_other_model_flags_in_the_same_folder_are_refused(pictures, trained):
         train_vae.main(["--data", pictures, *VAE, "--mapper-depth", "2", "--steps", "9", "--out", trained[1]])
     with pytest.raises(ValueError, match="another model than the flags ask for"):
         train_sit.main(["--latents", trained[2], *SIT, "--qk-norm", "--steps", "9", "--out", trained[3]])
+
+
+def test_checkpoint_of_another_version_is_named_and_later_fields_have_their_defaults(trained, tmp_path):
+    """A SiT's and a VAE's file: without a field that has a default, and with one that is unknown."""
+    folder, vae, latents, sit = trained
+    for name, path, field in (("vae", vae, "stem"), ("sit", sit, "qk_norm")):
+        state = common.load_checkpoint(weights.resolve(path))
+        assert state["model_config"].pop(field) is not None
+        common.save_checkpoint(tmp_path / name / "ckpt_0000003.pt", state)
+    if newest(vae)["model_config"]["stem"] == 1:  # the default
+        sample.main(["--ckpt", str(tmp_path / "sit"), "--vae", str(tmp_path / "vae"), "--num", "2", "--steps",
+                     "2", "--device", "cpu", "--out", str(tmp_path / "s")])
+    train_sit.main(["--latents", latents, *SIT, "--steps", "3", "--out", str(tmp_path / "sit")])
+    state["model_config"]["invented"] = 1
+    common.save_checkpoint(tmp_path / "sit" / "ckpt_0000003.pt", state)
+    for command in (lambda: sample.main(["--ckpt", str(tmp_path / "sit"), "--device", "cpu"]),
+                    lambda: train_sit.main(["--latents", latents, *SIT, "--steps", "9", "--out",
+                                            str(tmp_path / "sit")])):
+        with pytest.raises(ValueError, match="another version of this code.*invented"):
+            command()
+
+
+def test_samples_of_an_earlier_run_do_not_stay_beside_a_new_protocol(trained, tmp_path):
+    flags = ["--ckpt", trained[3], "--num", "2", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
+    sample.main([*flags, "--npz"])
+    assert (tmp_path / "samples.npz").exists()
+    sample.main([*flags, "--cfg", "2"])
+    assert not (tmp_path / "samples.npz").exists() and (tmp_path / "grid.png").exists()
+
+
+def test_image_size_that_the_mappers_patches_do_not_tile_is_refused(pictures):
+    with pytest.raises(ValueError, match="--image-size 264 is not a multiple of 16: .*stride 8 x .*patch 2"):
+        train_vae.main(["--data", pictures, *VAE, "--vae", "f8d4", "--image-size", "264", "--dry-run"])
 
 
 def test_guidance_without_label_dropout_is_refused(trained, tmp_path):
@@ -546,6 +584,25 @@ def test_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
     path.write_bytes(path.read_bytes()[:200])
     assert common.latest_checkpoint(tmp_path, "x")[1]["step"] == 1
     assert "ckpt_0000002.pt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00(X"])
+def test_unreadable_newest_checkpoint_of_any_kind_is_passed_over(tmp_path, content):
+    common.save_checkpoint(tmp_path / "ckpt_0000001.pt", {"format": "x", "step": 1})
+    (tmp_path / "ckpt_0000002.pt").write_bytes(content)
+    assert common.latest_checkpoint(tmp_path, "x")[1]["step"] == 1
+
+
+def test_pruning_keeps_the_newest_that_were_written_and_never_all_for_broken_ones(tmp_path):
+    """A broken file with a higher number is not one of those kept; 10,000,000 comes after 9,999,999."""
+    for step in (3, 9_999_999, 10_000_000):
+        common.save_checkpoint(tmp_path / f"ckpt_{step:07d}.pt", {"format": "x", "step": step})
+    (tmp_path / "ckpt_20000000.pt").write_bytes(b"")
+    assert weights.resolve(tmp_path).endswith("ckpt_20000000.pt")
+    common.prune_checkpoints(tmp_path, keep=2, step=10_000_000)
+    left = sorted(int(path.stem[5:]) for path in tmp_path.iterdir())
+    assert left == [9_999_999, 10_000_000, 20_000_000]
+    assert common.latest_checkpoint(tmp_path, "x")[1]["step"] == 10_000_000
 
 
 def test_failed_save_leaves_the_old_checkpoint(tmp_path):

@@ -76,6 +76,23 @@ def test_public_functions_say_what_they_do():
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
 
+def run_at_import(node):
+    """Yield all nodes but those in bodies of functions; decorators and defaults do run at import."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name != "body" or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from run_at_import(child)
+
+
+def test_no_file_calls_cuda_when_it_is_imported():
+    for path in FILES:
+        for node in run_at_import(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert not re.match(r"(torch\.)?cuda\.", called), f"{path.name}, line {node.lineno}: {called}"
+
+
 def readme_commands():
     """Every line of the README's shell blocks that runs one of our scripts, as (script, arguments)."""
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S):

@@ -6,10 +6,12 @@ PNGs that the test writes, the teacher is the shipped one; two-process runs use 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,12 @@ def trained(pictures, tmp_path_factory):
                  "--out", latents, "--shard-size", "16"])
     train_sit.main(["--latents", latents, *SIT, "--steps", "3", "--out", sit])
     return folder, vae, latents, sit
+
+
+@pytest.fixture()
+def no_preview(monkeypatch):
+    """Runs of train_sit.py end without their picture, whose 50 steps take most of a short run's time."""
+    monkeypatch.setattr(train_sit.Run, "preview", lambda run: None)
 
 
 def newest(folder):
@@ -108,6 +116,10 @@ def assert_same_running_statistics(a, b):
         for key, value in a[part].items():
             if "running" in key:
                 assert torch.allclose(value, b[part][key], atol=1e-6), key
+
+
+def learning_rates(optimizer):
+    return {group["lr"] for group in optimizer["param_groups"]}
 
 
 def torchrun(script, *args, processes=2):
@@ -263,13 +275,18 @@ def test_vae_step_does_not_depend_on_the_micro_batch(pictures, tmp_path):
     assert_same_gradient(one, four, "optimizer")
     assert_same_gradient(one, four, "optimizer_disc")
     assert_same_running_statistics(one, four)
+    for state in (one, four):  # as typed
+        assert learning_rates(state["optimizer"]) == {1e-3}
+        assert learning_rates(state["optimizer_disc"]) == {1e-4}
 
 
 def test_sit_step_does_not_depend_on_the_micro_batch(trained, tmp_path):
     for micro in ("16", "4"):
         train_sit.main(["--latents", trained[2], *SIT, "--steps", "1", "--micro-batch-size", micro, "--out",
                         str(tmp_path / micro)])
-    assert_same_gradient(newest(tmp_path / "16"), newest(tmp_path / "4"), "optimizer")
+    one, four = newest(tmp_path / "16"), newest(tmp_path / "4")
+    assert_same_gradient(one, four, "optimizer")
+    assert learning_rates(one["optimizer"]) == learning_rates(four["optimizer"]) == {1e-3}
 
 
 def test_two_processes_take_the_same_vae_step_as_one(pictures, tmp_path):
@@ -385,6 +402,25 @@ def test_nan_batch_changes_neither_weights_nor_statistics_nor_ema(pictures, tmp_
     assert any(not torch.equal(before[k], v) for k, v in snapshot(run).items())
 
 
+def test_one_nan_image_costs_stage_2_its_step_and_no_more(trained, tmp_path, monkeypatch, no_preview):
+    """NaN in the first of four micro-batches of the third step: checkpoints 2 and 3 hold the same."""
+    loss = train_sit.Run._loss
+
+    def spoilt(run, moments, labels, indices, rows):
+        moments[rows == 0] *= float("nan") if run.step == 2 else 1
+        return loss(run, moments, labels, indices, rows)
+    monkeypatch.setattr(train_sit.Run, "_loss", spoilt)
+    train_sit.main(["--latents", trained[2], *SIT, "--micro-batch-size", "4", "--steps", "4",
+                    "--save-every", "1", "--keep", "4", "--out", str(tmp_path)])
+    assert [row["skipped_steps"] for row in rows(tmp_path) if "step" in row] == [0, 0, 1, 0]
+    two, three, four = (common.load_checkpoint(tmp_path / f"ckpt_000000{k}.pt") for k in (2, 3, 4))
+    for key in ("model", "ema", "optimizer"):
+        assert_same(two[key], three[key], key)
+    for key in ("model", "ema"):
+        assert all(value.isfinite().all() for value in four[key].values())
+        assert any(not torch.equal(value, three[key][name]) for name, value in four[key].items())
+
+
 def test_run_of_bad_steps_stops_and_names_the_term(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae.data, "to_float", lambda images: images.float() * float("nan"))
     with pytest.raises(RuntimeError, match="3 steps in a row skipped.*first non-finite term: rec"):
@@ -475,6 +511,69 @@ def test_every_sit_flag_trains(trained, tmp_path, flags):
     assert ("repa" in rows(tmp_path)[1]) == ("--repa" in flags)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_runs_keep_weights_average_and_moments_in_float32(pictures, trained, tmp_path, dtype,
+                                                                         no_preview):
+    train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--align", "0", "--dtype", dtype, "--steps", "1",
+                    "--out", str(tmp_path / "vae")])
+    train_sit.main(["--latents", trained[2], *SIT, "--dtype", dtype, "--steps", "1", "--out",
+                    str(tmp_path / "sit")])
+    vae, sit = newest(tmp_path / "vae"), newest(tmp_path / "sit")
+    moments = [entry[key] for state in (vae, sit) for entry in state["optimizer"]["state"].values()
+               for key in ("exp_avg", "exp_avg_sq")]
+    kept = [*vae["model"].values(), *sit["model"].values(), *sit["ema"].values(), *moments]
+    assert {value.dtype for value in kept} == {torch.float32} and any(m.any() for m in moments)
+    full, half = (rows(folder)[1]["grad_norm"] for folder in (trained[3], tmp_path / "sit"))
+    assert half != full and half == pytest.approx(full, rel=0.1)
+
+
+def test_fp16_sit_saves_its_loss_scale_and_continues_with_it(trained, tmp_path, no_preview):
+    flags = ["--latents", trained[2], *SIT, "--dtype", "fp16", "--batch-size", "4", "--out", str(tmp_path)]
+    train_sit.main([*flags, "--steps", "1"])
+    state = newest(tmp_path)
+    assert state["scaler"]["_growth_tracker"] == 1
+    state["scaler"]["scale"] = 1024.0
+    common.save_checkpoint(weights.resolve(tmp_path), state)
+    train_sit.main([*flags, "--steps", "2"])
+    assert newest(tmp_path)["scaler"] == {**state["scaler"], "_growth_tracker": 2}
+
+
+def all_stages(images, folder, steps):
+    """VAE, latents, SiT, 10 samples; return the VAE's folder, the SiT's checkpoint, labels, grid size."""
+    vae, latents, sit, samples = (str(folder / name) for name in ("vae", "latents", "sit", "samples"))
+    train_vae.main(["--data", images, *VAE, "--gan", "0", "--steps", steps, "--out", vae])
+    encode.main(["--data", images, "--vae", vae, "--image-size", "32", "--workers", "0", "--device", "cpu",
+                 "--out", latents])
+    train_sit.main(["--latents", latents, *SIT, "--steps", steps, "--out", sit])
+    sample.main(["--ckpt", sit, "--num", "10", "--steps", "2", "--cfg", "1.5", "--device", "cpu", "--npz",
+                 "--out", samples])
+    labels = np.load(f"{samples}/samples.npz")["arr_1"].tolist()
+    return vae, newest(sit), labels, Image.open(f"{samples}/grid.png").size
+
+
+def test_class_names_are_the_folders_in_order_and_a_flat_folder_has_the_one(pictures, trained, tmp_path):
+    state = newest(trained[3])
+    assert state["latents"]["class_names"] == ["cat", "dog"] and state["model_config"]["num_classes"] == 2
+    (tmp_path / "flat").mkdir()
+    for path in Path(pictures).glob("*/*.png"):
+        (tmp_path / "flat" / path.name).symlink_to(path)
+    _, state, labels, size = all_stages(str(tmp_path / "flat"), tmp_path, steps="1")
+    assert state["latents"]["class_names"] == ["unconditional"] and state["model_config"]["num_classes"] == 1
+    assert labels == [0] * 10 and size == (3 * 64, 4 * 64)
+
+
+def test_embedded_set_passes_all_stages_and_is_evaluated_on_other_scenes(tmp_path, monkeypatch, no_preview):
+    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 64, "val": 16})
+    vae, state, labels, size = all_stages("shapes", tmp_path, steps="2")
+    assert state["latents"]["num_images"] == 64 and state["latents"]["num_classes"] == 10
+    assert labels == list(range(10)) and size == (10 * 64, 64)
+    train, val = (data.open_dataset("shapes", 32, split).images for split in ("train", "val"))
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in val}
+    assert [row["eval_images"] for row in rows(vae) if "eval_images" in row] == ["validation"]
+    shown = np.array(Image.open(f"{vae}/reconstructions_0000002.png"))
+    assert np.array_equal(shown[:32, :32], val[0])
+
+
 @pytest.mark.parametrize("script", ["train_vae.py", "train_sit.py", "encode.py", "sample.py"])
 def test_dry_run_prints_the_plan_and_writes_nothing(pictures, trained, tmp_path, script, capsys):
     _, vae, latents, sit = trained
@@ -563,6 +662,29 @@ def test_latents_of_another_vae_are_refused(pictures, trained, tmp_path):
         sample.main(["--ckpt", trained[3], "--vae", other, "--device", "cpu", "--out", str(tmp_path / "s")])
 
 
+def test_sit_trained_on_latents_of_another_vae_is_not_continued(trained, tmp_path):
+    latents = shutil.copytree(trained[2], tmp_path / "latents")
+    meta = json.loads((latents / "meta.json").read_text())
+    ours, meta["vae_hash"] = meta["vae_hash"], "0123456789abcdef" * 4
+    (latents / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=f"of VAE {ours[:12]}, .* those of 0123456789ab; use another"):
+        train_sit.main(["--latents", str(latents), *SIT, "--steps", "9", "--out", trained[3]])
+
+
+def test_sampling_needs_no_latents(trained, tmp_path, no_preview):
+    latents = shutil.copytree(trained[2], tmp_path / "latents")
+    train_sit.main(["--latents", str(latents), *SIT, "--steps", "1", "--out", str(tmp_path / "sit")])
+    assert newest(tmp_path / "sit")["latents"] == json.loads((latents / "meta.json").read_text())
+    flags = ["--ckpt", str(tmp_path / "sit"), "--num", "4", "--steps", "3", "--device", "cpu", "--npz"]
+    images = []
+    for _ in range(2):
+        sample.main([*flags, "--out", str(tmp_path / "s")])
+        images.append(np.load(tmp_path / "s" / "samples.npz")["arr_0"])
+        for name in ("s", "latents"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+    assert np.array_equal(*images)
+
+
 def test_sigterm_saves_and_the_same_command_continues(pictures, tmp_path):
     command = [sys.executable, str(ROOT / "train_vae.py"), "--data", pictures, *VAE, "--gan", "0",
                "--steps", "100000", "--save-every", "100000", "--workers", "1", "--out", str(tmp_path)]
@@ -611,6 +733,18 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(Exception, match="pickle|local"):
         common.save_checkpoint(path, {"format": "x", "bad": lambda: None})
     assert common.load_checkpoint(path, "x")["step"] == 1 and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("max_norm, applied", [(2.0, 2.0), (0.0, 50.0), (60.0, 50.0)])
+def test_gradient_is_clipped_to_the_norm_given_and_the_norm_before_is_returned(max_norm, applied):
+    """One norm over all groups of parameters; 0 clips nothing, nor does a norm that is not reached."""
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [p]} for p in params], lr=9.0, fused=True)
+    for param, gradient in zip(params, (30.0, -40.0)):
+        param.grad = torch.tensor([gradient])
+    norm, skipped = common.optimizer_step(optimizer, 1.0, max_norm)
+    assert norm == 50 and not skipped
+    assert [p.item() for p in params] == pytest.approx([-0.6 * applied, 0.8 * applied], rel=1e-5)
 
 
 def test_ema_warms_up_and_follows_its_recursion():

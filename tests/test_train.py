@@ -621,8 +621,8 @@ def test_checkpoint_of_another_version_is_named_and_later_fields_have_their_defa
         state = newest(path)
         assert state["model_config"].pop(field) == default
         common.save_checkpoint(tmp_path / name / "ckpt_0000003.pt", state)
-    sample.main(["--ckpt", str(tmp_path / "sit"), "--vae", str(tmp_path / "vae"), "--num", "2", "--steps", "2",
-                 "--device", "cpu", "--out", str(tmp_path / "s")])
+    sample.main(["--ckpt", str(tmp_path / "sit"), "--vae", str(tmp_path / "vae"), "--num", "2", "--steps",
+                 "2", "--device", "cpu", "--out", str(tmp_path / "s")])
     train_sit.main(["--latents", latents, *SIT, "--steps", "3", "--out", str(tmp_path / "sit")])
     state["model_config"]["invented"] = 1
     common.save_checkpoint(tmp_path / "sit" / "ckpt_0000003.pt", state)

@@ -12,6 +12,7 @@ import torch
 
 import common
 import data
+import logs
 import weights
 from common import natural, positive
 from vae import load_vae
@@ -78,7 +79,7 @@ def encode(args, proc):
             posterior = vae.encode(data.to_float(images))
         return torch.cat([posterior.mean, posterior.std], 1).float().cpu()
 
-    for shard in common.progress(writer.missing(proc.rank, proc.world), proc, "encode, shards"):
+    for shard in logs.progress(writer.missing(proc.rank, proc.world), proc, "encode, shards"):
         parts = []
         for images, labels, _, _ in data.eval_loader(dataset, args.batch_size, workers=args.workers,
                                                      indices=writer.rows(shard)):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import common
 import data
+import logs
 from common import natural, positive
 from features import INCEPTION_FILE, Extractor, FIDInception, fuse
 from image_metrics import (FeatureStats, check_comparable, closer_than_training, frechet_distance,
@@ -115,7 +116,7 @@ def measure_images(dataset, source, extractor, args, proc, keep_every=1, **meta)
         raise ValueError(f"{source}: {len(dataset)} images for {proc.world} processes; use fewer")
     loader = data.eval_loader(dataset, args.batch_size, proc.rank, proc.world, args.workers)
     crop = "center" if isinstance(dataset, data.ImageFolder) else "none"
-    return compute_stats(common.progress(loader, proc, dataset.name), extractor, proc.device,
+    return compute_stats(logs.progress(loader, proc, dataset.name), extractor, proc.device,
                          {"name": dataset.name, "data": str(source), "image_size": dataset.image_size,
                           "crop": crop, **meta}, keep_every)
 
@@ -291,7 +292,7 @@ def run_rfid(args, extractor, proc) -> dict:
     if len(dataset) < proc.world:
         raise ValueError(f"{args.data}: {len(dataset)} images for {proc.world} processes; use fewer")
     loader = data.eval_loader(dataset, args.batch_size, proc.rank, proc.world, args.workers)
-    result = rfid(common.progress(loader, proc, "rfid"), vae, extractor, proc.device, lpips)
+    result = rfid(logs.progress(loader, proc, "rfid"), vae, extractor, proc.device, lpips)
     if not proc.main:
         return {}
     split = split_of(args.data, args.split)

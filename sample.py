@@ -20,6 +20,7 @@ import torch
 
 import common
 import data
+import logs
 import weights
 from common import natural, positive
 from sit import guided_velocity, nfe, read_sit, sample_ode, sample_sde
@@ -201,7 +202,7 @@ def sample(args, proc):
     mine = np.array_split(np.arange(num), proc.world)[proc.rank]
     images = np.empty((len(mine), *(vae.stride * side for side in meta["latent_size"]), 3), np.uint8)
     labels = np.empty(len(mine), np.int64)
-    for first in common.progress(range(0, len(mine), args.batch_size), proc, "sample"):
+    for first in logs.progress(range(0, len(mine), args.batch_size), proc, "sample"):
         part = slice(first, first + args.batch_size)
         images[part], labels[part] = sample_images(model, vae, meta, mine[part], args, proc.device, dtype)
     images, labels = gather(images, labels, Path(args.out), proc)

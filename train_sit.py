@@ -16,6 +16,7 @@ import torch
 
 import common
 import data
+import logs
 import weights
 from common import natural, positive
 from mapper import Teacher, alignment_loss
@@ -225,10 +226,10 @@ class Run:
 
     def loop(self, loader, accum):
         """Step until num_steps or a signal, logging, drawing previews and saving on the way."""
-        args, stop, timer = self.args, common.StopSignal(), common.Timer(self.proc, self.step, self.num_steps)
-        log = common.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
+        args, stop, timer = self.args, common.StopSignal(), logs.Timer(self.proc, self.step, self.num_steps)
+        log = logs.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
                          args.wandb)
-        meter, batches = common.Meter(), iter(loader)
+        meter, batches = logs.Meter(), iter(loader)
         bad_streak = torch.zeros((), device=self.proc.device)
         while self.step < self.num_steps:
             with timer.waiting():
@@ -238,9 +239,9 @@ class Run:
             self.step += 1
             self.ema.update(self.model, self.step, skipped)
             done, row = self.step == self.num_steps, None
-            if self.step % args.log_every == 0 or self.step in common.EARLY_LOGS or done:
+            if self.step % args.log_every == 0 or self.step in logs.EARLY_LOGS or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
-                common.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
+                logs.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
             if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
                 done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
             with timer.pausing():

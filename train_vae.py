@@ -19,6 +19,7 @@ from torch import nn
 
 import common
 import data
+import logs
 import weights
 from common import natural, positive
 from losses import (LPIPS, PatchDiscriminator, StepBatchNorm, adaptive_gan_weight, discriminator_loss,
@@ -295,10 +296,10 @@ class Run:
 
     def loop(self, loader, accum, eval_set, eval_name):
         """Step until num_steps or a signal, logging, evaluating and saving on the way."""
-        args, stop, timer = self.args, common.StopSignal(), common.Timer(self.proc, self.step, self.num_steps)
-        log = common.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
+        args, stop, timer = self.args, common.StopSignal(), logs.Timer(self.proc, self.step, self.num_steps)
+        log = logs.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
                          args.wandb)
-        meter, batches = common.Meter(), iter(loader)
+        meter, batches = logs.Meter(), iter(loader)
         bad_streak = torch.zeros((), device=self.proc.device)
         show = ("loss", "rec", "align", "images_per_s")
         while self.step < self.num_steps:
@@ -308,9 +309,9 @@ class Run:
             bad_streak = (bad_streak + 1) * skipped
             self.step += 1
             done, row = self.step == self.num_steps, None
-            if self.step % args.log_every == 0 or self.step in common.EARLY_LOGS or done:
+            if self.step % args.log_every == 0 or self.step in logs.EARLY_LOGS or done:
                 row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
-                common.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
+                logs.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
             if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
                 done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
             if args.eval_every and self.step % args.eval_every == 0 or self.step == self.num_steps:

@@ -26,7 +26,7 @@ import sit
 import train_sit
 import train_vae
 import vae
-from losses import LPIPS, PatchDiscriminator, vgg16_trunk
+from losses import PatchDiscriminator, vgg16_trunk
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]

@@ -15,16 +15,17 @@ import pytest
 from conftest import ROOT
 
 LIBRARY = {"common", "data", "vae", "losses", "mapper", "sit", "features", "shapes", "weights", "attributes",
-           "image_metrics", "latent_metrics"}
+           "image_metrics", "latent_metrics", "logs"}
 SCRIPTS = {"train_vae", "encode", "train_sit", "sample", "probe", "fid", "bench", "train_teacher",
            "quickstart"}
 COMMANDS = SCRIPTS | {"vae", "sit"}  # these two export: python vae.py --export ...
 # data.py hands out the embedded set, mapper.py shares SiT's pieces, attributes.py reads images by data.py;
 # networks with published files read and write them through weights.py; vae.py and sit.py as commands report
-# errors through common.py; scripts import the library; fid.py and probe.py have library halves for the
-# report and the benchmark.
+# errors through common.py; logs.py knows the processes; scripts import the library; fid.py and probe.py have
+# library halves for the report and the benchmark.
 LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit"), ("attributes", "data"), ("vae", "weights"),
-                 ("sit", "weights"), ("losses", "weights"), ("vae", "common"), ("sit", "common")}
+                 ("sit", "weights"), ("losses", "weights"), ("vae", "common"), ("sit", "common"),
+                 ("logs", "common")}
 SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid"), ("bench", "fid")}
 RUNTIME = {"torch", "numpy", "timm", "PIL", "tqdm", "scipy"}
 FROM_TIMM = {"safetensors", "huggingface_hub"}  # come with timm; imported only where asked for

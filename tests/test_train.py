@@ -21,6 +21,7 @@ from PIL import Image
 
 import common
 import data
+import logs
 import encode
 import sample
 import train_sit
@@ -387,7 +388,7 @@ def snapshot(run):
 
 def test_nan_batch_changes_neither_weights_nor_statistics_nor_ema(pictures, tmp_path, monkeypatch):
     run, batch = run_of(pictures, tmp_path, "--gan", "0.1")
-    meter = common.Meter()
+    meter = logs.Meter()
     assert not run.train_step([batch], meter)
     before, ema = snapshot(run), common.EMA(run.vae, 0.9)
     ema_before = {k: v.clone() for k, v in ema.state.items()}
@@ -432,7 +433,7 @@ def test_run_that_has_died_is_reported(capsys):
     alive = {"grad_norm": 1e-9, "align": 1e-9, "gan": 0.1, "loss": 0.0}
     for row, warned in ((alive, False), ({**alive, "gan": -1e-9}, True), ({"grad_norm": 0.0}, True),
                         ({"grad_norm": 1e-3}, False), ({"grad_norm": float("nan")}, False)):
-        common.check_health(row, 0, 100, 50)
+        logs.check_health(row, 0, 100, 50)
         assert ("step 50: gradient and losses are 0" in capsys.readouterr().out) == warned, row
 
 
@@ -447,7 +448,7 @@ def test_discriminator_enters_the_vae_loss_only_after_its_warmup(pictures, tmp_p
     disc = {k: v.clone() for k, v in gan.critic.named_parameters()}
     for step in range(3):
         for run in runs:
-            run.train_step([batch], common.Meter())
+            run.train_step([batch], logs.Meter())
             run.step += 1
         same = all(torch.equal(v, gan.vae.state_dict()[k]) for k, v in plain.vae.state_dict().items())
         felt = "has not" if same else "has"
@@ -803,7 +804,7 @@ def test_optimizer_state_takes_the_layout_of_the_parameters():
 
 
 def test_meter_takes_the_mean_over_all_observations_behind_it():
-    meter = common.Meter()
+    meter = logs.Meter()
     meter.add({"a": (torch.tensor(3.0), torch.tensor(2.0)), "b": 1.0})
     meter.add({"a": (torch.tensor(0.0), torch.tensor(0.0)), "b": 2.0})
     assert meter.read(torch.device("cpu")) == {"a": 1.5, "b": 1.5}

@@ -1,4 +1,4 @@
-"""What a training run says about itself: log.jsonl and the bar, means, throughput, and when something is wrong.
+"""What a training run says about itself: log.jsonl, the bar, means, throughput, and that something is wrong.
 
 Numbers stay on the device between two readings: `Meter.read` is the one place where training waits for it.
 """
@@ -47,7 +47,8 @@ class Meter:
 class Log:
     """log.jsonl (one JSON object a line, units in the key) and, terminal or not, a tqdm bar; rank 0 only."""
 
-    def __init__(self, folder, proc: common.Proc, start: int, num_steps: int, config, tensorboard=False, wandb=None):
+    def __init__(self, folder, proc: common.Proc, start: int, num_steps: int, config, tensorboard=False,
+                 wandb=None):
         self.proc, self.file, self.bar, self.sinks = proc, None, None, []
         if not proc.main:
             return
@@ -146,8 +147,8 @@ def check_health(row: dict, bad_streak: int, limit: int, step: int) -> None:
     warn of a run that has died: gradient, GAN and alignment of the logged steps (those there are) all 0."""
     vital = [row[key] for key in ("grad_norm", "gan", "align") if key in row]
     if vital and max(map(abs, vital)) < 1e-8:
-        common.print0(f"warning: step {step}: gradient and losses are 0, nothing is learned any more; go back to a "
-               f"checkpoint before that, with a lower --lr")
+        common.print0(f"warning: step {step}: gradient and losses are 0, nothing is learned any more; go back "
+                      f"to a checkpoint before that, with a lower --lr")
     if bad_streak >= limit:
         bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         raise RuntimeError(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: "

@@ -1,4 +1,4 @@
-"""What a training run says about itself: log.jsonl, the bar, means, throughput, and that something is wrong.
+"""What a training run says about itself: log.jsonl, the bar, means, throughput, warnings.
 
 Numbers stay on the device between two readings: `Meter.read` is the one place where training waits for it.
 """

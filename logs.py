@@ -147,8 +147,8 @@ def check_health(row: dict, bad_streak: int, limit: int, step: int) -> None:
     warn of a run that has died: gradient, GAN and alignment of the logged steps (those there are) all 0."""
     vital = [row[key] for key in ("grad_norm", "gan", "align") if key in row]
     if vital and max(map(abs, vital)) < 1e-8:
-        common.print0(f"warning: step {step}: gradient and losses are 0, nothing is learned any more; go back "
-                      f"to a checkpoint before that, with a lower --lr")
+        common.print0(f"warning: step {step}: gradient and losses are 0, nothing is learned any more; go "
+                      f"back to a checkpoint before that, with a lower --lr")
     if bad_streak >= limit:
         bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         raise RuntimeError(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: "

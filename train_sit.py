@@ -228,7 +228,7 @@ class Run:
         """Step until num_steps or a signal, logging, drawing previews and saving on the way."""
         args, stop, timer = self.args, common.StopSignal(), logs.Timer(self.proc, self.step, self.num_steps)
         log = logs.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
-                         args.wandb)
+                       args.wandb)
         meter, batches = logs.Meter(), iter(loader)
         bad_streak = torch.zeros((), device=self.proc.device)
         while self.step < self.num_steps:

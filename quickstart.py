@@ -3,7 +3,7 @@
 Both are fine-tunes of one pretrained VAE, for as many steps, without and with alignment (as in the paper,
 where Send-VAE is a fine-tune; there the VAE that it starts from stands beside it).
 
-    python quickstart.py out/quickstart                 # writes report.md, reconstructions, samples, pca.png
+    python quickstart.py out/quickstart                 # writes report.md and four pictures
     python quickstart.py out/seed0 out/seed1 out/seed2  # prints mean and standard deviation over runs
 
 It only reads what the stages measured; nothing is computed here but the pictures.
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import common
 import data
 import weights
 from mapper import Mapper, MapperConfig, Teacher
-from probe import pca_rgb
+from probe import COLOURS, font, pca_rgb
 from vae import load_vae
 
 KINDS = ("plain", "send")
@@ -116,6 +117,55 @@ def draw_pictures(run) -> None:
     data.save_grid(run / "samples.png", both.reshape(-1, *both.shape[2:]), columns=both.shape[1], scale=2)
 
 
+def read_curve(log, key) -> list:
+    """Return [(step, value), ...] of one name in a log.jsonl; of a step that was logged twice, the last."""
+    rows = [json.loads(line) for line in open(log)]
+    return sorted({row["step"]: row[key] for row in rows if key in row}.items())
+
+
+def draw_curves(run) -> None:
+    """Write curves.png: what the losses of a run that goes well look like, both VAEs and both SiTs."""
+    run, both = Path(run), dict(zip(KINDS, ("plain VAE", "Send-VAE")))
+    vae = {kind: run / kind / "vae" / "log.jsonl" for kind in KINDS}
+    sit = {kind: run / kind / "sit" / "log.jsonl" for kind in KINDS}
+    panels = {
+        "VAE: reconstruction loss (L2)": {both[k]: read_curve(vae[k], "rec") for k in KINDS},
+        "VAE: PSNR of 64 held-out images, dB": {both[k]: read_curve(vae[k], "psnr_db") for k in KINDS},
+        "VAE: alignment, 1 - cos": {both["send"]: read_curve(vae["send"], "align")},
+        "SiT: flow loss, held-out latents (each its own scale)":
+            {both[k]: read_curve(sit[k], "val_flow") for k in KINDS},
+        "SiT: flow loss, training": {both[k]: read_curve(sit[k], "flow") for k in KINDS},
+        "SiT: gradient norm": {both[k]: read_curve(sit[k], "grad_norm") for k in KINDS}}
+    width, height = 560, 300
+    image = Image.new("RGB", (2 * width, 3 * height), "white")
+    for i, (title, curves) in enumerate(panels.items()):
+        draw_panel(ImageDraw.Draw(image), i % 2 * width, i // 2 * height, width, height, title, curves)
+    data.save_grid(run / "curves.png", np.asarray(image)[None], columns=1)
+
+
+def draw_panel(draw, x, y, width, height, title, curves) -> None:
+    """Draw {label: [(step, value), ...]} as lines into a rectangle, axes with five and four ticks."""
+    points = np.array([point for curve in curves.values() for point in curve])
+    (first, low), (last, high) = points.min(0), points.max(0)
+    left, top, right, bottom = x + 70, y + 50, x + width - 20, y + height - 30
+    draw.text((x + 20, y + 18), title, fill="black", font=font(16), anchor="lm")
+
+    def place(step, value):
+        return (left + (right - left) * (step - first) / max(last - first, 1),
+                bottom - (bottom - top) * (value - low) / max(high - low, 1e-12))
+    grey = dict(fill="#666666", font=font(13))
+    for k in range(5):
+        step, value = first + (last - first) * k / 4, low + (high - low) * k / 4
+        column, row = place(step, value)
+        draw.line((left, row, right, row), fill="#DDDDDD")
+        draw.text((left - 8, row), f"{value:.3g}", anchor="rm", **grey)
+        draw.text((column, bottom + 14), f"{step:.0f}", anchor="mm", **grey)
+    for k, (label, curve) in enumerate(curves.items()):
+        colour = COLOURS[(k + (len(curves) == 1)) % len(COLOURS)]  # a lone curve is Send-VAE's
+        draw.line([place(*point) for point in curve], fill=colour, width=3, joint="curve")
+        draw.text((right - 110 * (len(curves) - k), y + 38), label, fill=colour, font=font(14), anchor="lm")
+
+
 def enlarge(rgb, size: int = 32) -> torch.Tensor:
     """Token colours uint8 (B, N, 3) -> images (B, 3, size, size), every token a square."""
     side = int(rgb.shape[1] ** 0.5)
@@ -151,6 +201,8 @@ First three principal components as colour: image, latent of the plain VAE, late
 mapper output,
 teacher tokens: ![](pca.png)
 
+Losses over steps of the fine-tuned VAEs and of the SiTs: ![](curves.png)
+
 Probe F1 by group of attributes (flattened latents):
 
 {group_table(probe)}
@@ -172,6 +224,7 @@ def main(argv=None):
     runs = parse_args(argv).runs
     if len(runs) == 1:
         draw_pictures(runs[0])
+        draw_curves(runs[0])
         print(write_report(runs[0]))
     else:
         print(markdown_table([measured(run) for run in runs]))

@@ -40,7 +40,8 @@ run="--seed $SEED --device $DEVICE"
 vae="--data shapes --vae tiny --rec l2 --lpips 0 --gan 0 --batch-size 32 --lr 2e-3 --warmup 50
   --eval-every 400 --save-every 400"
 sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --cooldown 2200 --ema 0.99
-  --t-sampling lognormal --sample-every 0 --save-every 1000 --workers 0"
+  --t-sampling lognormal --sample-every 0 --save-every 1000 --val-every 400
+  --workers 0"
 
 # arm KIND: everything that is done with one of the two VAEs.
 arm() {
@@ -53,7 +54,8 @@ arm() {
     $run --out "$dir/vae"
   stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
   stage "$kind-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
-  stage "$kind-sit"     train_sit.py --latents "$dir/latents" $sit $run --out "$dir/sit"
+  stage "$kind-val"     encode.py --data shapes --split val --vae "$dir/vae" --device "$DEVICE" --out "$dir/val"
+  stage "$kind-sit"     train_sit.py --latents "$dir/latents" --val-latents "$dir/val" $sit $run --out "$dir/sit"
   stage "$kind-sample"  sample.py --ckpt "$dir/sit" --sweep-cfg 1 2 --sampler euler --steps 50 --num "$SAMPLES" \
     --batch-size 250 --npz $run --out "$dir/samples"
   stage "$kind-fid"     fid.py gfid shapes "$dir/samples/cfg1/samples.npz" "$dir/samples/cfg2/samples.npz" \

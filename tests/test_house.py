@@ -116,7 +116,7 @@ def test_quickstart_commands_parse(tmp_path):
                           env={"PYTHON": "echo", "OUT": str(tmp_path), "PATH": "/usr/bin:/bin"})
     shown = done.stdout + (tmp_path / "plain.log").read_text()  # the plain VAE's stages go there
     lines = [line for line in shown.splitlines() if re.match(r"\w+\.py ", line)]
-    assert len(lines) == 15
+    assert len(lines) == 17
     for line in lines:
         script, *arguments = shlex.split(line)
         importlib.import_module(script[:-3]).parse_args(arguments)

@@ -4,16 +4,37 @@ The folder is $GOLDEN, or tests/golden; cases, configurations and weights come f
 """
 import json
 import os
+import re
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 GOLDEN = Path(os.environ.get("GOLDEN", ROOT / "tests" / "golden"))
+os.environ["HF_HUB_OFFLINE"] = "1"  # as test.sh: the hub's client would try again for a minute
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """A test that asks for another machine fails, whatever the code does about errors of the network."""
+    def local_only(function, host_of):
+        def call(*args, **kwargs):
+            host = host_of(*args)
+            if isinstance(host, str) and not re.match(r"127\.|::1$|localhost$|$", host):
+                pytest.fail(f"this test reaches the network: {host}")
+            return function(*args, **kwargs)
+        return call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_only(
+            socket.socket.connect, lambda sock, address: address[0] if isinstance(address, tuple) else None))
+        patch.setattr(socket, "getaddrinfo", local_only(socket.getaddrinfo, lambda host, *_: host))
+        yield
 
 
 def read_fixture(name):

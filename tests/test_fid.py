@@ -655,6 +655,7 @@ def test_several_sets_of_samples_make_one_table(small_set, capsys):
         paths.append(str(folder / scale / "samples.npz"))
     many = fid.main(["gfid", "shapes", *paths, *JUDGE, "--out", str(folder / "many.json")])
     lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("warning: sets of 150 to 200 images: ") for line in lines) == 1
     start = lines.index("FD-judge vs shapes-val-400")
     assert lines[start + 1].split()[:3] == ["samples", "n", "fd"]
     single = fid.main(["gfid", "shapes", paths[1], *JUDGE, "--out", str(folder / "single.json")])
@@ -851,8 +852,13 @@ def test_timm_model_extracts_pooled_features_from_a_local_file(tmp_path):
     with torch.no_grad():
         expected = net.eval().forward_features((x - mean) / std).mean((2, 3))
     torch.testing.assert_close(extractor(images)["features"], expected)
-    with pytest.raises(FileNotFoundError, match="absent.pth"):
-        fid.load_extractor("resnet10t", tmp_path / "absent.pth")
+    torch.save({**net.state_dict(), "bn1.weight": torch.ones(7)}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "net.pth").read_bytes()[:-1000])
+    for name, error in (("other.pth", ValueError), ("cut.pth", ValueError),
+                        ("absent.pth", FileNotFoundError)):
+        with pytest.raises(error, match=name) as caught:
+            features.load_timm("resnet10t", tmp_path / name)
+        assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="want inception, shapes or a timm"):
         fid.load_extractor("no_such_model")
 

@@ -7,6 +7,7 @@ import importlib
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,17 @@ def test_public_functions_say_what_they_do():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_no_test_reaches_another_machine():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        pass
+    for host in ("192.0.2.1", "example.invalid"):
+        with pytest.raises(pytest.fail.Exception, match=f"this test reaches the network: {host}"):
+            socket.create_connection((host, 80), timeout=1)
+    with socket.socket() as other, pytest.raises(pytest.fail.Exception, match="192.0.2.1"):
+        other.settimeout(1)
+        other.connect(("192.0.2.1", 80))
 
 
 def run_at_import(node):
@@ -160,7 +172,7 @@ def test_a_stopped_quickstart_waits_for_both_and_calls_neither_done(tmp_path, nu
 
 
 @pytest.mark.parametrize("script", sorted(COMMANDS))
-def test_help_says_something_about_every_flag_and_a_wrong_one_is_an_error(script, capsys):
+def test_help_says_something_about_every_flag_with_its_default_and_a_wrong_one_is_an_error(script, capsys):
     module = importlib.import_module(script)
     commands = (["gfid"], ["rfid"], ["stats"], ["nearest"], ["again"]) if script == "fid" else ([],)
     for command in commands:
@@ -170,6 +182,8 @@ def test_help_says_something_about_every_flag_and_a_wrong_one_is_an_error(script
         text = capsys.readouterr().out
         flags = re.findall(r"^  (?:-h, )?(--?[\w-]+.*?)(?=^  -|^\w|\Z)", text, re.S | re.M)
         assert flags and all(re.search(r"\s{2,}\S.*\w{2}", flag) for flag in flags), flags
+        assert all("(default:" in flag for flag in flags if re.match(r"\S+ \S", flag)), flags
+        assert {"train_vae": "(default: 1024)", "train_sit": "(default: 256)"}.get(script, "") in text
         with pytest.raises(SystemExit) as stop:
             module.parse_args([*command, "--no-such-flag"])
         assert stop.value.code == 2

@@ -3,6 +3,7 @@
 Run: ./test.sh tests/test_train.py (about 2 minutes on 2 cores). The models are tiny, the images are 32 px
 PNGs that the test writes, the teacher is the shipped one; two-process runs use torchrun with gloo on the CPU.
 """
+import copy
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
@@ -27,6 +29,7 @@ import sample
 import train_sit
 import train_vae
 import weights
+from vae import load_vae
 
 VAE = ["--vae", "tiny", "--init", "none", "--teacher", "shapes", "--lpips", "0", "--image-size", "32",
        "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--batch-size", "16", "--bn-group", "4",
@@ -281,13 +284,18 @@ def test_vae_step_does_not_depend_on_the_micro_batch(pictures, tmp_path):
         assert learning_rates(state["optimizer_disc"]) == {1e-4}
 
 
-def test_sit_step_does_not_depend_on_the_micro_batch(trained, tmp_path):
+def test_sit_step_and_its_average_do_not_depend_on_the_micro_batch(trained, tmp_path, no_preview):
     for micro in ("16", "4"):
-        train_sit.main(["--latents", trained[2], *SIT, "--steps", "1", "--micro-batch-size", micro, "--out",
-                        str(tmp_path / micro)])
-    one, four = newest(tmp_path / "16"), newest(tmp_path / "4")
+        train_sit.main(["--latents", trained[2], *SIT, "--steps", "2", "--micro-batch-size", micro,
+                        "--save-every", "1", "--out", str(tmp_path / micro)])
+    one, four = (common.load_checkpoint(tmp_path / micro / "ckpt_0000001.pt") for micro in ("16", "4"))
     assert_same_gradient(one, four, "optimizer")
     assert learning_rates(one["optimizer"]) == learning_rates(four["optimizer"]) == {1e-3}
+    for micro, first in (("16", one), ("4", four)):  # the average moves once a step
+        second = newest(tmp_path / micro)
+        for key, value in second["ema"].items():
+            expected = first["ema"][key].lerp(second["model"][key], 1 - 3 / 12)
+            assert torch.allclose(value, expected, atol=1e-6), key
 
 
 def test_two_processes_take_the_same_vae_step_as_one(pictures, tmp_path):
@@ -299,6 +307,7 @@ def test_two_processes_take_the_same_vae_step_as_one(pictures, tmp_path):
     train_vae.main([*flags, "--out", str(tmp_path / "one")])
     torchrun("train_vae.py", *flags, "--out", tmp_path / "two")
     one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    assert all(one[key].keys() == two[key].keys() for key in ("model", "mapper", "discriminator"))
     assert_same_gradient(one, two, "optimizer")
     assert_same_gradient(one, two, "optimizer_disc")
     assert_same_running_statistics(one, two)
@@ -312,7 +321,9 @@ def test_two_processes_take_the_same_sit_step_and_encode_and_sample_the_same(pic
     flags = ["--latents", latents, *SIT, "--steps", "1", "--val-latents", latents]
     train_sit.main([*flags, "--out", str(tmp_path / "one")])
     torchrun("train_sit.py", *flags, "--out", tmp_path / "two")
-    assert_same_gradient(newest(tmp_path / "one"), newest(tmp_path / "two"), "optimizer")
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    assert one["model"].keys() == two["model"].keys() and one["ema"].keys() == two["ema"].keys()
+    assert_same_gradient(one, two, "optimizer")
     logs = [rows(tmp_path / name)[-1] for name in ("one", "two")]
     for key in ("loss", "flow", "flow_t0", "val_flow", "grad_norm"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4), key
@@ -331,6 +342,24 @@ def test_two_processes_take_the_same_sit_step_and_encode_and_sample_the_same(pic
     assert np.abs(images[0] - images[1]).max() <= 1
 
 
+def test_latents_do_not_depend_on_batch_and_workers_and_mirrored_ones_are_of_mirrored_images(
+        pictures, trained, tmp_path):
+    _, vae, latents, _ = trained
+    for name, more in (("batch", ["--batch-size", "7", "--workers", "0"]),
+                       ("flip", ["--workers", "2", "--flip"])):
+        encode.main(["--data", pictures, "--vae", vae, "--image-size", "32", "--device", "cpu",
+                     "--shard-size", "16", *more, "--out", str(tmp_path / name)])
+        for path in Path(latents).glob("*.npy"):
+            assert np.allclose(np.load(path), np.load(tmp_path / name / path.name), atol=1e-5), path.name
+    images = data.to_float(data.open_dataset(pictures, 32).__getitems__(range(40))[0])
+    with torch.no_grad():
+        posterior = load_vae(vae).encode(images.flip(3))
+    flipped = data.LatentFolder(tmp_path / "flip")
+    mirrored = flipped.take(range(40), [True] * 40)
+    assert torch.allclose(mirrored, torch.cat([posterior.mean, posterior.std], 1), atol=1e-5)
+    assert not torch.allclose(mirrored, flipped.take(range(40)).flip(3), atol=1e-2)
+
+
 def test_batch_size_does_not_change_a_sample_and_the_seed_does(trained, tmp_path):
     flags = ["--ckpt", trained[3], "--num", "7", "--steps", "4", "--cfg", "1.5", "--device", "cpu",
              "--dtype", "fp32", "--npz"]
@@ -342,6 +371,21 @@ def test_batch_size_does_not_change_a_sample_and_the_seed_does(trained, tmp_path
     assert np.abs(outs["a"] - outs["b"]).max() <= 1
     assert np.abs(outs["a"][:3] - outs["d"]).max() <= 1
     assert np.abs(outs["a"] - outs["c"]).mean() > 1
+
+
+def test_averaged_or_raw_weights_are_sampled_as_asked(trained, tmp_path):
+    state = newest(trained[3])
+    torch.manual_seed(0)
+    state["model"] = {key: value + 0.02 * torch.randn_like(value) for key, value in state["model"].items()}
+    common.save_checkpoint(tmp_path / "both.pt", state)
+    common.save_checkpoint(tmp_path / "raw.pt", {**state, "ema": state["model"]})
+    images = {}
+    for name, which in (("both", "ema"), ("both", "raw"), ("raw", "ema")):
+        sample.main(["--ckpt", str(tmp_path / f"{name}.pt"), "--weights", which, "--num", "4", "--steps", "3",
+                     "--device", "cpu", "--npz", "--out", str(tmp_path / "s")])
+        images[name, which] = np.load(tmp_path / "s" / "samples.npz")["arr_0"]
+    assert np.array_equal(images["both", "raw"], images["raw", "ema"])
+    assert not np.array_equal(images["both", "raw"], images["both", "ema"])
 
 
 def test_sampling_again_from_the_protocol_alone_gives_the_same_bits(trained, tmp_path):
@@ -363,11 +407,11 @@ def test_sampling_again_from_the_protocol_alone_gives_the_same_bits(trained, tmp
 
 def test_logged_loss_is_the_sum_of_its_weighted_terms(pictures, tmp_path):
     train_vae.main(["--data", pictures, *VAE, "--gan", "0.1", "--align", "0.7", "--kl", "1e-3", "--rec", "l2",
-                    "--steps", "2", "--out", str(tmp_path)])
+                    "--lpips", "0.5", "--lpips-weights", "random", "--steps", "2", "--out", str(tmp_path)])
     for row in rows(tmp_path):
         if "loss" in row:
-            total = row["rec"] + 1e-3 * row["kl"] + 0.1 * row["gan"] + 0.7 * row["align"]
-            assert row["loss"] == pytest.approx(total, rel=1e-6)
+            total = row["rec"] + 1e-3 * row["kl"] + 0.1 * row["gan"] + 0.7 * row["align"] + 0.5 * row["lpips"]
+            assert row["loss"] == pytest.approx(total, rel=1e-6) and row["lpips"] > 0.01
             assert row["lr"] == pytest.approx(1e-3)
 
 
@@ -379,6 +423,77 @@ def run_of(pictures, tmp_path, *flags):
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(1))
     return run, (images, torch.zeros(16, dtype=torch.int64), torch.arange(16), torch.arange(16))
+
+
+def test_two_steps_are_gradient_clipping_and_adamw_by_hand(pictures, tmp_path):
+    run, batch = run_of(pictures, tmp_path, "--gan", "0", "--kl", "1e-3", "--align", "0.5",
+                        "--grad-clip", "0.5")
+    vae, mapper = copy.deepcopy((run.vae, run.mapper))
+    params, x = [*vae.parameters(), *mapper.parameters()], data.to_float(batch[0])
+    first, second = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    for step in range(2):
+        eps = common.noise_for((2, vae.config.z_channels, 4, 4), range(16), "cpu", 0, "vae", step)
+        t = common.uniform_for(1, range(16), "cpu", 0, "t", step)[:, 0]
+        posterior = vae.encode(x)
+        mean, logvar = posterior.mean, posterior.logvar
+        z = mean + (0.5 * logvar).exp() * eps[:, 0]
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        cosine = F.cosine_similarity(mapper(z, t, eps[:, 1]), run.teacher(x), dim=-1).mean()
+        loss = (x - vae.decode(z)).abs().mean() + 1e-3 * kl + 0.5 * (1 - cosine)
+        gradients = torch.autograd.grad(loss, params)
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        assert norm > 0.5
+        for i, (p, g) in enumerate(zip(params, gradients)):
+            g = g * 0.5 / norm
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.999 * second[i] + 0.001 * g**2
+            m, v = first[i] / (1 - 0.9**(step + 1)), second[i] / (1 - 0.999**(step + 1))
+            p.data -= 1e-3 * m / (v.sqrt() + 1e-8)
+        assert not run.train_step([batch], logs.Meter())
+        run.step += 1
+    for ours, theirs in zip(params, [*run.vae.parameters(), *run.mapper.parameters()]):
+        assert (ours - theirs).abs().max() < 0.01 * 1e-3  # a hundredth of the learning rate
+    squares = sum(entry["exp_avg_sq"].sum().item() for entry in run.optimizer.state.values())
+    assert squares == pytest.approx(sum(v.sum().item() for v in second), rel=1e-3)
+
+
+def test_loss_of_the_vae_leaves_no_gradient_in_the_discriminator(pictures, tmp_path):
+    run, batch = run_of(pictures, tmp_path, "--gan", "0.1")
+    run._vae_loss(data.to_float(batch[0]), range(16), gan_on=True)[0].backward()
+    assert all(p.grad is None and p.requires_grad for p in run.critic.parameters())
+    for module in (run.vae.encoder, run.vae.decoder, run.mapper):
+        assert all(p.grad is not None for p in module.parameters())
+        assert any(p.grad.any() for p in module.parameters())
+
+
+def test_teacher_is_in_no_optimizer_and_no_checkpoint(pictures, tmp_path):
+    run, _ = run_of(pictures, tmp_path, "--gan", "0.1")
+    for optimizer, modules in ((run.optimizer, (run.vae, run.mapper)), (run.optimizer_disc, (run.critic,))):
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert stepped == {id(p) for module in modules for p in module.parameters()}
+        assert not stepped & {id(p) for p in run.teacher.parameters()}
+    kept = {value.data_ptr() for part in run.state().values() if isinstance(part, dict)
+            for value in part.values() if isinstance(value, torch.Tensor)}
+    assert len(kept) > 100 and not kept & {value.data_ptr() for value in run.teacher.state_dict().values()}
+
+
+def test_accuracy_of_the_discriminator_and_clean_alignment_are_those_by_hand(pictures, tmp_path):
+    run, batch = run_of(pictures, tmp_path, "--gan", "0.1")
+    x, x_hat = data.to_float(batch[0]), torch.zeros(16, 3, 32, 32)
+    real, fake = (torch.cat([run.critic.discriminator(group) for group in images.split(4)])
+                  for images in (x, x_hat))
+    terms = run._disc_loss(x, x_hat)[1]
+    right = int((real > 0).sum() + (fake < 0).sum())
+    assert terms["disc_accuracy"].item() == pytest.approx(right / (real.numel() + fake.numel()))
+    assert terms["disc_real"] == real.mean() and terms["disc_fake"] == fake.mean()
+    run.train_step([batch], logs.Meter())  # moves the mapper's statistics
+    dataset = data.open_dataset(pictures, 32)
+    row = run.evaluate(dataset, "training")
+    x = data.to_float(dataset.__getitems__(range(40))[0])
+    with torch.no_grad():
+        mapped = run.mapper.eval()(run.vae.eval().encode(x).mean, torch.zeros(40))
+    cosine = (F.normalize(mapped, dim=-1) * F.normalize(run.teacher(x), dim=-1)).sum(-1)
+    assert row["align_clean"] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
 
 
 def snapshot(run):
@@ -482,8 +597,11 @@ def test_align_zero_is_a_plain_vae_bit_for_bit(pictures, tmp_path):
     ["--disc-start", "1", "--gan", "0.1"]], ids=lambda flags: " ".join(flags))
 def test_every_vae_flag_trains(pictures, tmp_path, flags):
     train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--steps", "2", *flags, "--out", str(tmp_path)])
-    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
-    assert len(losses) == 2 and np.isfinite(losses).all()
+    logged = [row for row in rows(tmp_path) if "loss" in row]
+    assert len(logged) == 2 and np.isfinite([row["loss"] for row in logged]).all()
+    judged = {"disc_real", "disc_fake", "disc_accuracy"} & logged[1].keys()
+    assert len(judged) == (3 if "0.1" in flags else 0)
+    assert ("gan_weight" in logged[1]) == ("--gan-adaptive" in flags)
 
 
 def test_mapper_switches_reach_the_mapper_and_no_norm_means_no_groups(pictures, tmp_path):
@@ -507,9 +625,28 @@ def test_mapper_switches_reach_the_mapper_and_no_norm_means_no_groups(pictures, 
     ["--warmup", "2", "--cooldown", "1"]], ids=lambda flags: " ".join(flags))
 def test_every_sit_flag_trains(trained, tmp_path, flags):
     train_sit.main(["--latents", trained[2], *SIT, "--steps", "2", *flags, "--out", str(tmp_path)])
-    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
-    assert len(losses) == 2 and np.isfinite(losses).all()
-    assert ("repa" in rows(tmp_path)[1]) == ("--repa" in flags)
+    logged = [row for row in rows(tmp_path) if "loss" in row]
+    assert len(logged) == 2 and np.isfinite([row["loss"] for row in logged]).all()
+    for row in logged:
+        assert ("repa" in row) == ("--repa" in flags)
+        assert row["loss"] == pytest.approx(row["flow"] + 0.5 * row.get("repa", 0), rel=1e-6)
+
+
+def test_repas_teacher_sees_the_image_of_each_latent_and_no_other_folder(pictures, trained, tmp_path,
+                                                                          monkeypatch, no_preview):
+    forward, loss, images, batches = train_sit.Teacher.forward, train_sit.Run._loss, [], []
+    monkeypatch.setattr(train_sit.Teacher, "forward", lambda self, x: images.append(x) or forward(self, x))
+    monkeypatch.setattr(train_sit.Run, "_loss", lambda *args: batches.append(args[1:]) or loss(*args))
+    flags = ["--latents", trained[2], *SIT, "--repa", "--teacher", "shapes", "--repa-block", "2", "--steps",
+             "1", "--micro-batch-size", "8", "--out", str(tmp_path)]
+    train_sit.main(flags)
+    dataset, latents = data.open_dataset(pictures, 32), data.LatentFolder(trained[2])
+    assert len(images) == len(batches) == 2
+    for x, ((moments, _), _, indices, _) in zip(images, batches):
+        assert torch.equal(x, data.to_float(dataset.__getitems__(indices)[0]))
+        assert torch.equal(moments, latents.take(indices))
+    with pytest.raises(ValueError, match="was encoded from other images"):
+        train_sit.main([*flags, "--data", f"{pictures}/cat"])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -587,6 +724,19 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pictures, trained, tmp_path,
                                        "--out", str(out)])}[script]()
     printed = capsys.readouterr().out
     assert "configuration: " in printed and "parameters" in printed and not out.exists()
+
+
+def test_batch_line_counts_processes_micro_batches_steps_epochs_and_images(pictures, trained, capsys):
+    images, latents = data.open_dataset(pictures, 32), data.LatentFolder(trained[2])
+    proc = common.Proc(0, 2, torch.device("cpu"))
+    micro, accum = common.plan_batch(16, 4, proc.world)
+    args = train_vae.parse_args(["--data", pictures, *VAE])
+    train_vae.describe(args, images, train_vae.build(args, 32), micro, accum, proc, 5)
+    args = train_sit.parse_args(["--latents", trained[2], *SIT])
+    train_sit.describe(args, latents, train_sit.build(args, latents)[0], micro, accum, proc, 5)
+    assert len(re.findall(r"^batch: 16 global = 2 processes x 2 micro-batches x 4; lr 0.001 as typed; "
+                          r"2 steps/epoch, 5 steps = 2.5 epochs = 80 images$",
+                          capsys.readouterr().out, re.M)) == 2
 
 
 @pytest.mark.parametrize("command, message", [
@@ -747,18 +897,22 @@ def test_gradient_is_clipped_to_the_norm_given_and_the_norm_before_is_returned(m
     assert [p.item() for p in params] == pytest.approx([-0.6 * applied, 0.8 * applied], rel=1e-5)
 
 
-def test_ema_warms_up_and_follows_its_recursion():
+def test_ema_warms_up_follows_its_recursion_and_copies_what_is_not_trained():
     model = torch.nn.Linear(3, 3)
+    model.bias.requires_grad_(False)
+    model.register_buffer("buffer", torch.zeros(3))
     ema = common.EMA(model, 0.9999)
     expected = model.weight.detach().clone()
     no = torch.tensor(False)
     for step in range(1, 1001):
         with torch.no_grad():
-            model.weight.fill_(float(step))
+            for value in model.state_dict().values():
+                value.fill_(float(step))
         ema.update(model, step, no)
         decay = min(0.9999, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert torch.allclose(ema.state["weight"], expected, rtol=1e-4)
+    assert ema.state["buffer"].tolist() == ema.state["bias"].tolist() == 3 * [1000]
 
 
 def test_noise_of_a_row_depends_on_seed_step_and_row_alone():

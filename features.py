@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from weights import timm_network
+
 # The same network by two publishers: pytorch-fid's file, fetched where there is none, and torch-fidelity's.
 # The digits begin the sha256 of the former; whether of the latter, too, which repeats them, is unchecked.
 INCEPTION_SHA256 = "6726825d"
@@ -193,22 +195,9 @@ def load_timm(name: str, weights=None) -> nn.Module:
 
     Raises ValueError for an unknown name, FileNotFoundError if the weights cannot be had.
     """
-    import timm
-    if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"--features-weights {weights}: no such file; want the weights of {name}, "
-                                f"huggingface.co/timm/{name}")
-    overlay = {"file": str(weights)} if weights else {}
-    if "dinov2" in name:
-        overlay["input_size"] = (3, 224, 224)  # FD-DINOv2, arXiv:2306.04675; timm would take 518
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).eval()
-    except Exception as error:  # timm, torch, safetensors and the hub's client raise types of their own
-        if weights is None and isinstance(error, OSError):
-            raise FileNotFoundError(f"--features {name}: weights neither cached nor to be had from the hub "
-                                    f"(huggingface.co/timm/{name}); give --features-weights FILE") from error
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"--features {name}, weights {weights or 'from the hub'}: {reason}; want inception, "
-                         "shapes or a timm model, and its weights") from error
+    # FD-DINOv2, arXiv:2306.04675; timm would take 518
+    overlay = {"input_size": (3, 224, 224)} if "dinov2" in name else {}
+    return timm_network(name, "--features", weights, overlay).eval()
 
 
 class Extractor(nn.Module):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sit import Attention, Mlp, PatchEmbed, interpolate, make_projector, sincos_pos_embed, xavier_init
+from weights import timm_network
 
 SHAPES_TEACHER = Path(__file__).parent / "assets" / "shapes_teacher.pt"
 
@@ -64,34 +65,18 @@ class Teacher(nn.Module):
 def _timm_vit(name: str, grid: int, weights: str | None):
     """Build a timm ViT for a grid x grid output; return (model, input size, mean, std)."""
     import timm
-    if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"--teacher-weights {weights}: no such file; want the weights of {name}, "
-                                f"huggingface.co/timm/{name}")
     try:
         shape = timm.create_model(name, pretrained=False, device="meta")
-        if not hasattr(shape, "patch_embed") or not hasattr(shape, "num_prefix_tokens"):
-            raise ValueError(f"--teacher {name}: no ViT; timm.list_models('vit_*') lists those that timm has")
-        patch = shape.patch_embed.patch_size[0]
-        overlay = {"file": str(weights)} if weights else {}
-        # timm resamples the position table to img_size on loading weights (bicubic, antialiased: as REPA).
-        model = timm.create_model(name, pretrained=True, num_classes=0, img_size=grid * patch,
-                                  pretrained_cfg_overlay=overlay)
-    except ValueError:
-        raise
-    except Exception as error:  # timm, torch, safetensors and the hub's client raise types of their own
-        if "Unknown model" in str(error) or "Invalid pretrained tag" in str(error):
-            raise ValueError(f"--teacher {name}: timm does not know it; "
-                             f"timm.list_models('*dinov2*') lists what it has") from error
-        if weights is None and isinstance(error, OSError):
-            raise FileNotFoundError(
-                f"--teacher {name}: its weights are not in the local cache and the hub "
-                f"(huggingface.co/timm/{name}) cannot be reached; fetch the file elsewhere and give "
-                f"--teacher-weights FILE, or use --teacher shapes") from error
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"--teacher-weights {weights or 'from the hub'}: not the weights of {name}, or "
-                         f"damaged: {reason}") from error
+    except RuntimeError as error:
+        raise ValueError(f"--teacher {name}: timm does not know it; timm.list_models('*dinov2*') lists what "
+                         f"it has") from error
+    if not hasattr(shape, "patch_embed") or not hasattr(shape, "num_prefix_tokens"):
+        raise ValueError(f"--teacher {name}: no ViT; timm.list_models('vit_*') lists those that timm has")
+    size = grid * shape.patch_embed.patch_size[0]
+    # timm resamples the position table to img_size on loading weights (bicubic, antialiased: as REPA).
+    model = timm_network(name, "--teacher", weights, img_size=size)
     config = timm.data.resolve_model_data_config(model)
-    return model, grid * patch, config["mean"], config["std"]
+    return model, size, config["mean"], config["std"]
 
 
 class ShapesTeacher(nn.Module):

@@ -76,6 +76,49 @@ def fetch(path) -> Path:
                                 f"{parts[2]} elsewhere and give its path") from error
 
 
+def timm_network(name: str, flag: str, weights=None, overlay=None, **kwargs):
+    """Return a timm network without classifier, on the CPU; every tensor of it is from the weights.
+
+    weights: local file, None = timm's from the hub or its cache. overlay: changes to timm's pretrained_cfg.
+    Raises FileNotFoundError if the weights cannot be had, ValueError for a name that timm does not know, a
+    damaged file or one of another network; `flag` is the option that named the network.
+    """
+    import timm  # takes seconds to import
+    if weights is not None and not os.path.isfile(weights):
+        raise FileNotFoundError(f"{flag}-weights {weights}: no such file; want the weights of {name}, "
+                                f"huggingface.co/timm/{name}")
+    overlay = {**(overlay or {}), **({"file": str(weights)} if weights else {})}
+
+    def create(**more):
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs, **more)
+    try:
+        try:
+            model = create()
+        except RuntimeError as error:
+            # With num_classes=0 timm loads by strict=False, and what the file lacks would stay random: only
+            # for a file that differs in nothing but its classifier.
+            keys = re.findall(r'"([^"]+)"', str(error)) + re.findall(r"size mismatch for (\S+):", str(error))
+            heads = timm.get_pretrained_cfg(name).classifier if keys else ()
+            heads = (heads,) if isinstance(heads, str) else heads
+            if not keys or any(key.rpartition(".")[0] not in heads for key in keys):
+                raise
+            model = create(num_classes=0)
+    except Exception as error:  # timm, torch, safetensors and the hub's client raise types of their own
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        if "Unknown model" in text or "Invalid pretrained tag" in text:
+            raise ValueError(f"{flag} {name}: neither shapes nor a model that timm knows (timm.list_models())"
+                             ) from error
+        if weights is None and isinstance(error, OSError):
+            raise FileNotFoundError(
+                f"{flag} {name}: its weights are not in the local cache and the hub (huggingface.co/timm/"
+                f"{name}) cannot be reached; fetch the file elsewhere and give {flag}-weights FILE, or use "
+                f"{flag} shapes") from error
+        raise ValueError(f"{flag}-weights {weights or 'from the hub'}: not the weights of {name}, or "
+                         f"damaged: {text}") from error
+    model.reset_classifier(0)
+    return model
+
+
 def config_of(kind, values: dict, path):
     """Return kind(**values), a configuration from a checkpoint; fields that came later have their defaults.
 

@@ -852,14 +852,19 @@ def test_timm_model_extracts_pooled_features_from_a_local_file(tmp_path):
     with torch.no_grad():
         expected = net.eval().forward_features((x - mean) / std).mean((2, 3))
     torch.testing.assert_close(extractor(images)["features"], expected)
+    without = {key: value for key, value in net.state_dict().items() if not key.startswith("fc.")}
+    torch.save(without, tmp_path / "headless.pth")
+    loaded = features.load_timm("resnet10t", tmp_path / "headless.pth").state_dict()
+    assert loaded.keys() == without.keys() and all(torch.equal(loaded[key], without[key]) for key in without)
+    torch.save({key: value for key, value in without.items() if key != "bn1.weight"}, tmp_path / "part.pth")
     torch.save({**net.state_dict(), "bn1.weight": torch.ones(7)}, tmp_path / "other.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "net.pth").read_bytes()[:-1000])
-    for name, error in (("other.pth", ValueError), ("cut.pth", ValueError),
+    for name, error in (("other.pth", ValueError), ("part.pth", ValueError), ("cut.pth", ValueError),
                         ("absent.pth", FileNotFoundError)):
         with pytest.raises(error, match=name) as caught:
             features.load_timm("resnet10t", tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="want inception, shapes or a timm"):
+    with pytest.raises(ValueError, match="no_such_model: neither shapes nor a model that timm knows"):
         fid.load_extractor("no_such_model")
 
 

@@ -159,6 +159,8 @@ def plan_batch(batch_size: int, micro_batch_size: int, world: int) -> tuple[int,
 def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int) -> int:
     """Return `steps`, or those of `epochs` if it is 0; ValueError if that makes none."""
     steps = steps or int(epochs * (num_images // batch_size))
+    if num_images < batch_size:
+        raise ValueError(f"{num_images} images are no batch of {batch_size}; try --batch-size {num_images}")
     if steps < 1:
         raise ValueError(f"--epochs {epochs:g} of {num_images} images make no step of --batch-size "
                          f"{batch_size}; give --steps, or a smaller batch")
@@ -207,7 +209,8 @@ def compile_modules(*modules) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=next(modules[0].parameters()).device))
     except Exception as error:  # no compiler, no triton, a platform without either
-        return print0(f"torch.compile: off, runs eagerly: {str(error).strip().splitlines()[0][:200]}")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return print0(f"torch.compile: off, runs eagerly: {reason[:200]}")
     torch._dynamo.config.suppress_errors = True
     for module in modules:
         module.compile()
@@ -306,15 +309,22 @@ def load_checkpoint(path, format: str | None = None) -> dict:
     except Exception as error:  # torch, zip and pickle each raise types of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
-    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: a {type(state).__name__}, not a checkpoint of ours")
+    found = state.get("format")
     if format is not None and found != format:
         raise ValueError(f"{path}: this is {found or 'a file without a format'}, wanted {format}")
     return state
 
 
+def checkpoints(folder) -> dict:
+    """Return {step: path} of the checkpoints in a folder."""
+    return {int(p.stem[5:]): p for p in Path(folder).glob("ckpt_*.pt") if p.stem[5:].isdecimal()}
+
+
 def latest_checkpoint(folder, format: str):
     """Return (path, state) of the newest readable checkpoint in `folder`, or None; a broken one is named."""
-    files = _checkpoints(folder)
+    files = checkpoints(folder)
     for step in sorted(files, reverse=True):
         try:
             state = load_checkpoint(files[step])
@@ -331,14 +341,11 @@ def latest_checkpoint(folder, format: str):
 def prune_checkpoints(folder, keep: int, step: int) -> None:
     """Delete all but the newest `keep` checkpoints up to `step`, which has just been written; what has a
     higher number could not be read, or the run would have continued from it."""
-    files = _checkpoints(folder)
+    files = checkpoints(folder)
     for number in sorted(number for number in files if number <= step)[:-keep]:
         files[number].unlink()
 
 
-def _checkpoints(folder) -> dict:
-    """Return {step: path} of the checkpoints in `folder`."""
-    return {int(p.stem[5:]): p for p in Path(folder).glob("ckpt_*.pt") if p.stem[5:].isdecimal()}
 
 
 def state_hash(state: dict) -> str:

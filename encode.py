@@ -51,7 +51,8 @@ def encode(args, proc):
     size = args.image_size or (32 if args.data == "shapes" else 256)
     dataset = data.open_dataset(args.data, size, args.split)
     if dataset is None:
-        raise ValueError(f"--split val: no folder 'val' beside {args.data}; give that folder as --data")
+        raise ValueError(f"--split val: want --data DIR/train with DIR/val beside it, not {args.data}; or "
+                         f"give the folder of held-out images as --data, without --split")
     path = weights.resolve(args.vae)
     vae = load_vae(path)
     side = size // vae.stride
@@ -65,7 +66,7 @@ def encode(args, proc):
         return None
     writer = data.LatentWriter(args.out, {
         "vae": path, "vae_hash": common.state_hash(vae.state_dict()), "data": args.data,
-        "files_hash": dataset.files_hash, "num_images": len(dataset), "image_size": size,
+        "split": args.split, "files_hash": dataset.files_hash, "num_images": len(dataset), "image_size": size,
         "channels": vae.config.z_channels, "latent_size": (side, side), "shard_size": args.shard_size,
         "dtype": args.store, "flip": args.flip, "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names), "versions": common.versions()})

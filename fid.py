@@ -304,7 +304,7 @@ def run_rfid(args, extractor, proc) -> dict:
     report(title, result, args, proc)
     if result["psnr_db"] < LOW_PSNR:
         print(f"verdict: below {LOW_PSNR} dB samples cannot look like these images, whatever generator is "
-              f"trained; fine-tune this VAE on them (train_vae.py --init {args.vae})")
+              f"trained; fine-tune this VAE on images of their kind (train_vae.py --init {args.vae})")
     return result
 
 

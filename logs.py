@@ -1,6 +1,6 @@
 """What a training run says about itself: log.jsonl, the bar, means, throughput, warnings.
 
-Numbers stay on the device between two readings: `Meter.read` is the one place where training waits for it.
+Numbers stay on the device between two readings: the step itself never waits for it, `Meter.read` does.
 """
 import json
 import math
@@ -34,7 +34,7 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + count
 
     def read(self, device) -> dict:
-        """Return {name: mean over steps, processes}, start anew; the one place that waits for the device."""
+        """Return {name: mean over steps, processes}, start anew; this waits for the device."""
         names = list(self.sums)  # in the order of adding: the same in every process
         pairs = [(self.sums[n], torch.as_tensor(self.counts[n], dtype=torch.float32)) for n in names]
         table = torch.stack([torch.stack([x.to(device) for x in pair]) for pair in pairs])
@@ -146,7 +146,7 @@ def check_health(row: dict, bad_streak: int, limit: int, step: int) -> None:
     """Raise RuntimeError naming the first non-finite term once `limit` steps in a row had to be skipped;
     warn of a run that has died: gradient, GAN and alignment of the logged steps (those there are) all 0."""
     vital = [row[key] for key in ("grad_norm", "gan", "align") if key in row]
-    if vital and max(map(abs, vital)) < 1e-8:
+    if vital and all(abs(value) < 1e-8 for value in vital):
         common.print0(f"warning: step {step}: gradient and losses are 0, nothing is learned any more; go "
                       f"back to a checkpoint before that, with a lower --lr")
     if bad_streak >= limit:

@@ -71,7 +71,7 @@ def load_mapper(path) -> Mapper:
     if checkpoint.get("mapper") is None:
         raise ValueError(f"{path} holds no mapper: only train_vae.py's are kept with their mapper, and not "
                          "with --align 0")
-    mapper = Mapper(MapperConfig(**checkpoint["mapper_config"]))
+    mapper = Mapper(weights.config_of(MapperConfig, checkpoint["mapper_config"], path))
     mapper.load_state_dict(checkpoint["mapper"])
     return mapper.eval()
 

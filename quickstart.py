@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw
 import common
 import data
 import weights
-from mapper import Mapper, MapperConfig, Teacher
-from probe import COLOURS, font, pca_rgb
+from mapper import Teacher
+from probe import COLOURS, font, load_mapper, pca_rgb
 from vae import load_vae
 
 KINDS = ("plain", "send")
@@ -100,8 +100,7 @@ def draw_pictures(run) -> None:
         rows.append(data.to_uint8(vae.decode(z)))
         pca_rows.append(pca_rgb(z.flatten(2).transpose(1, 2)))
         if checkpoint["mapper"]:
-            mapper = Mapper(MapperConfig(**checkpoint["mapper_config"])).eval()
-            mapper.load_state_dict(checkpoint["mapper"])
+            mapper = load_mapper(run / kind / "vae")
             pca_rows.append(pca_rgb(mapper(z, torch.zeros(len(z)), torch.zeros_like(z))))
             pca_rows.append(pca_rgb(Teacher("shapes", vae.config.resolution // vae.stride)(x)))
     data.save_grid(run / "reconstructions.png", torch.cat(rows), columns=SHOWN, scale=3)
@@ -118,9 +117,10 @@ def draw_pictures(run) -> None:
 
 
 def read_curve(log, key) -> list:
-    """Return [(step, value), ...] of one name in a log.jsonl; of a step that was logged twice, the last."""
+    """Return [(step, value), ...] of one name in a log.jsonl; of a step that was logged twice, the last.
+    Values that are not finite, which the log writes as text, are left out."""
     rows = [json.loads(line) for line in open(log)]
-    return sorted({row["step"]: row[key] for row in rows if key in row}.items())
+    return sorted({row["step"]: row[key] for row in rows if isinstance(row.get(key), float)}.items())
 
 
 def draw_curves(run) -> None:
@@ -144,11 +144,13 @@ def draw_curves(run) -> None:
 
 
 def draw_panel(draw, x, y, width, height, title, curves) -> None:
-    """Draw {label: [(step, value), ...]} as lines into a rectangle, axes with five and four ticks."""
+    """Draw {label: [(step, value), ...]} as lines into a rectangle, five ticks an axis."""
     points = np.array([point for curve in curves.values() for point in curve])
-    (first, low), (last, high) = points.min(0), points.max(0)
     left, top, right, bottom = x + 70, y + 50, x + width - 20, y + height - 30
     draw.text((x + 20, y + 18), title, fill="black", font=font(16), anchor="lm")
+    if len(points) == 0:  # such as the logs of an older version
+        return
+    (first, low), (last, high) = points.min(0), points.max(0)
 
     def place(step, value):
         return (left + (right - left) * (step - first) / max(last - first, 1),
@@ -223,9 +225,10 @@ def main(argv=None):
     """Entry point of the command."""
     runs = parse_args(argv).runs
     if len(runs) == 1:
+        table = write_report(runs[0])
         draw_pictures(runs[0])
         draw_curves(runs[0])
-        print(write_report(runs[0]))
+        print(table)
     else:
         print(markdown_table([measured(run) for run in runs]))
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import (config_of, fetch, load_strictly, read_file, resolve, save_pt, save_statistics, sit_state,
+import common
+from weights import (config_of, fetch, load_strictly, read_file, resolve, save_statistics, sit_state,
                      statistics_of)
 
 
@@ -416,16 +417,18 @@ def sample_sde(velocity, noise: Tensor, num_steps: int, generator=None, path: st
 
 
 # checkpoints
-def _infer_config(state):
+def _infer_config(state, path):
     """Read a published shape (REPA, REPA-E, willisma) off its tensors; heads by the width."""
     missing = [key for key in ("pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
                if key not in state]
     if missing:
-        raise ValueError(f"{missing[0]} is missing: not SiT as REPA and willisma publish it, or cut off")
+        raise ValueError(f"{path}: {missing[0]} is missing: not SiT as REPA and willisma publish it, or cut "
+                         "off")
     width, channels, p, _ = state["x_embedder.proj.weight"].shape
     size = next((size for size in SIT_SIZES.values() if size["hidden_size"] == width), None)
     if size is None:
-        raise ValueError(f"a state dict of width {width}, which is none of the sizes {', '.join(SIT_SIZES)}")
+        raise ValueError(f"{path}: a state dict of width {width}, which is none of the sizes "
+                         f"{', '.join(SIT_SIZES)}")
     return SiTConfig(
         math.isqrt(state["pos_embed"].shape[1]) * p, p, channels, width, size["depth"], size["num_heads"],
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
@@ -442,10 +445,7 @@ def read_sit(path: str | Path, which: str = "ema") -> tuple[SiT, dict]:
     content = read_file(fetch(path))
     state = sit_state(content, path, which)
     ours = content.get("format") == "nanosendvae-sit"
-    try:
-        cfg = config_of(SiTConfig, content["model_config"], path) if ours else _infer_config(state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    cfg = config_of(SiTConfig, content["model_config"], path) if ours else _infer_config(state, path)
     with torch.device("meta"):  # no time spent on initial weights
         model = SiT(cfg)
     state = {key: value for key, value in state.items() if not key.startswith("bn.")}
@@ -483,7 +483,7 @@ def export(kind: str, out, path, which: str = "ema") -> None:
         state |= {"bn.running_mean": statistics[0], "bn.running_var": statistics[1].square(),
                   "bn.num_batches_tracked": torch.tensor(content.get("step", 0))}
     out = Path(out)
-    save_pt(out, {"ema": state})
+    common.save_checkpoint(out, {"ema": state})
     beside = out.with_name(f"{out.stem}-latents-stats.pt")
     if statistics is not None:
         save_statistics(beside, *statistics)
@@ -513,5 +513,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from common import cli
-    cli(main)
+    common.cli(main)

@@ -34,7 +34,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--latents", default="latents", help="folder written by encode.py")
-    add("--val-latents", default=None, help="folder of encode.py --split val: logs the EMA's flow loss on it")
+    add("--val-latents", default=None, help="folder of encode.py --split val: logs the EMA's flow loss on "
+        f"{VAL_LATENTS} of them, always the same ones")
     add("--workers", type=natural, default=4, help="processes that read latents (and images), per device")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="XL/1", choices=tuple(SIT_SIZES), help="size/patch; /1 for f16 latents, /2 for f8")
@@ -129,7 +130,7 @@ def train(args, proc):
     """Train to the number of steps; return the folder of checkpoints."""
     latents = data.LatentFolder(args.latents)
     held_out = None if args.val_latents is None else data.LatentFolder(args.val_latents)
-    for key in ("vae_hash", "latent_size", "num_classes"):
+    for key in ("vae_hash", "latent_size", "class_names"):
         if held_out is not None and held_out.meta[key] != latents.meta[key]:
             raise ValueError(f"{args.val_latents} has {key} {held_out.meta[key]}, {args.latents} "
                              f"{latents.meta[key]}; encode both by one VAE, --split train and val")
@@ -142,7 +143,8 @@ def train(args, proc):
         return None
     images = None
     if args.repa:
-        images = data.open_dataset(args.data or latents.meta["data"], latents.meta["image_size"])
+        images = data.open_dataset(args.data or latents.meta["data"], latents.meta["image_size"],
+                                   latents.meta.get("split", "train"))
         if images.files_hash != latents.meta["files_hash"]:
             raise ValueError(f"{args.latents} was encoded from other images ({latents.meta['data']}) than "
                              f"{args.data or latents.meta['data']}; give --data the folder that encode.py "

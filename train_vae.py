@@ -25,7 +25,7 @@ from common import natural, positive
 from losses import (LPIPS, PatchDiscriminator, StepBatchNorm, adaptive_gan_weight, discriminator_loss,
                     generator_loss, load_discriminator, vae_loss)
 from mapper import Mapper, MapperConfig, Teacher, alignment_loss
-from vae import VAE, VAE_SIZES, Posterior, VAEConfig, load_vae
+from vae import VAE, VAE_SIZES, Posterior, load_vae
 
 FORMAT = "nanosendvae-vae"
 PUBLISHED_INIT = "hf://hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-f16d32-dinov2.pt"
@@ -276,13 +276,11 @@ class Run:
         """Continue from a checkpoint; ValueError if it was made with flags of another model."""
         theirs, ours = state["mapper_config"], self.mapper and asdict(self.mapper.config)
         theirs = theirs and asdict(weights.config_of(MapperConfig, theirs, path))
-        if weights.config_of(VAEConfig, state["model_config"], path) != self.vae.config or theirs != ours or \
-                (state["discriminator"] is None) != (self.critic is None) or \
+        if theirs != ours or (state["discriminator"] is None) != (self.critic is None) or \
                 state["teacher"] != (self.args.teacher if self.mapper else None):
             raise ValueError(f"{path} was made with other model flags ({state['args']['vae']}, "
                              f"mapper {theirs}); give the same flags or another --out")
-        self.step = state["step"]
-        self.vae.load_state_dict(state["model"])
+        self.step = state["step"]  # the VAE's weights came with build
         common.load_optimizer(self.optimizer, state["optimizer"])
         if self.mapper is not None:
             self.mapper.load_state_dict(state["mapper"])

@@ -19,9 +19,13 @@ import json
 import math
 import os
 import re
+import sys
+import zipfile
 from pathlib import Path
 
 import torch
+
+import common
 
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -44,11 +48,15 @@ def resolve(path) -> str:
     """Return `path`; for a folder of our checkpoints the newest in it. hf:// and diffusers folders stay."""
     if str(path).startswith("hf://") or not os.path.isdir(path) or _diffusers_file(path):
         return str(path)
-    files = [file for file in Path(path).glob("ckpt_*.pt") if file.stem[5:].isdecimal()]
+    files = common.checkpoints(path)
     if not files:
         raise FileNotFoundError(f"{path}: a folder with neither ckpt_*.pt nor {DIFFUSERS_FILES[0]}; "
                                 "train first, or give the weight file")
-    return str(max(files, key=lambda file: int(file.stem[5:])))
+    for step in sorted(files, reverse=True):
+        if zipfile.is_zipfile(files[step]):  # the end of a zip file names its parts: a cut one has none
+            return str(files[step])
+        print(f"warning: {files[step]}: cut off or damaged; falling back to the one before", file=sys.stderr)
+    raise ValueError(f"{path}: none of its {len(files)} checkpoints is readable")
 
 
 def _diffusers_file(folder):
@@ -106,8 +114,10 @@ def timm_network(name: str, flag: str, weights=None, overlay=None, **kwargs):
     except Exception as error:  # timm, torch, safetensors and the hub's client raise types of their own
         text = " ".join(str(error).split())[:300] or type(error).__name__
         if "Unknown model" in text or "Invalid pretrained tag" in text:
-            raise ValueError(f"{flag} {name}: neither shapes nor a model that timm knows (timm.list_models())"
-                             ) from error
+            raise ValueError(f"{flag} {name}: none of its own names, and timm does not know it "
+                             "(timm.list_models())") from error
+        if "No pretrained weights" in text:
+            raise ValueError(f"{flag} {name}: timm has no weights of it; give {flag}-weights FILE") from error
         if weights is None and isinstance(error, OSError):
             raise FileNotFoundError(
                 f"{flag} {name}: its weights are not in the local cache and the hub (huggingface.co/timm/"
@@ -449,15 +459,6 @@ def find_statistics(vae_path, channels: int) -> tuple | None:
 
 # writing: to a temporary name first, because the old file may be what is being read (mapped)
 
-def save_pt(path, content) -> None:
-    """Write `content` as torch.save does, making the folder; `path` is the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
 def save_safetensors(path, state: dict) -> None:
     """Write a state dict as fp32 .safetensors, with the metadata that transformers and diffusers expect."""
     from safetensors.torch import save_file  # comes with timm
@@ -474,7 +475,8 @@ def save_safetensors(path, state: dict) -> None:
 
 def save_statistics(path, mean, std) -> None:
     """Write (mean, std), each (C,), as REPA-E's {latents_scale, latents_bias}, each (1, C, 1, 1)."""
-    save_pt(path, {"latents_scale": 1 / std.view(1, -1, 1, 1), "latents_bias": mean.view(1, -1, 1, 1)})
+    common.save_checkpoint(path, {"latents_scale": 1 / std.view(1, -1, 1, 1),
+                                  "latents_bias": mean.view(1, -1, 1, 1)})
 
 
 def model_card(source, content, statistics, licence: str | None) -> str:

@@ -22,7 +22,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
-    """A test that asks for another machine fails, whatever the code does about errors of the network."""
+    """A test whose own process asks for another machine fails, whatever the code does about such errors."""
     def local_only(function, host_of):
         def call(*args, **kwargs):
             host = host_of(*args)

@@ -864,7 +864,7 @@ def test_timm_model_extracts_pooled_features_from_a_local_file(tmp_path):
         with pytest.raises(error, match=name) as caught:
             features.load_timm("resnet10t", tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="no_such_model: neither shapes nor a model that timm knows"):
+    with pytest.raises(ValueError, match="no_such_model: none of its own names"):
         fid.load_extractor("no_such_model")
 
 

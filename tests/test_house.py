@@ -26,7 +26,8 @@ COMMANDS = SCRIPTS | {"vae", "sit"}  # these two export: python vae.py --export 
 # library halves for the report and the benchmark.
 LIBRARY_EDGES = {("data", "shapes"), ("mapper", "sit"), ("attributes", "data"), ("vae", "weights"),
                  ("sit", "weights"), ("losses", "weights"), ("vae", "common"), ("sit", "common"),
-                 ("logs", "common"), ("mapper", "weights"), ("features", "weights")}
+                 ("logs", "common"), ("mapper", "weights"), ("features", "weights"),
+                 ("weights", "common")}
 SCRIPT_EDGES = {("quickstart", "probe"), ("quickstart", "fid"), ("bench", "fid")}
 RUNTIME = {"torch", "numpy", "timm", "PIL", "tqdm", "scipy"}
 FROM_TIMM = {"safetensors", "huggingface_hub"}  # come with timm; imported only where asked for

@@ -75,5 +75,10 @@ def test_curves_are_those_of_the_logs(tmp_path):
     for place, where in panel.items():
         assert blue[where].any() == (place != (1, 0)), place  # only Send-VAE has an alignment
         assert orange[where].any(), place
+    for kind in quickstart.KINDS:  # of an older version, and with a loss that was not finite
+        log = run / kind / "sit" / "log.jsonl"
+        log.write_text(log.read_text().replace("val_flow", "old").replace('"flow": 2.0', '"flow": "nan"'))
+    quickstart.draw_curves(run)
+    assert not np.array_equal(picture, np.array(Image.open(run / "curves.png")))
     rows, columns = np.nonzero(orange[panel[1, 0]])  # alignment falls from .9 (top left) to .7
     assert rows[columns.argmin()] < 10 and rows[columns.argmax()] > 200

@@ -214,7 +214,7 @@ def test_parameter_counts_equal_the_published_sizes(published):
 def test_state_dict_names_and_shapes_equal_the_published_ones(table):
     rules = {key: tuple(rule["shape"]) for key, rule in MANIFEST["tensors"][table].items()}
     state = {key: torch.empty(shape, device="meta") for key, shape in rules.items()}
-    cfg = sit._infer_config(state)
+    cfg = sit._infer_config(state, "x.pt")
     name = re.search(r"SiT-(\w+/\d+)", table).group(1)
     assert {key: getattr(cfg, key) for key in SIT_SIZES[name]} == SIT_SIZES[name]
     with torch.device("meta"):
@@ -522,7 +522,7 @@ def test_a_named_size_is_recognised_by_its_tensors_with_repa_s_encoder_depth(nam
     size = SIT_SIZES[name]
     cfg = SiTConfig(input_size=16, in_channels=8, z_dims=(768,), encoder_depth=encoder_depth, **size)
     with torch.device("meta"):
-        assert sit._infer_config(SiT(cfg).state_dict()) == cfg
+        assert sit._infer_config(SiT(cfg).state_dict(), "x.pt") == cfg
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):

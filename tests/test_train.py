@@ -262,7 +262,7 @@ def test_held_out_latents_of_another_vae_are_refused(pictures, trained, tmp_path
     other = str(tmp_path / "vae")
     train_vae.main(["--data", pictures, *VAE, "--gan", "0", "--align", "0", "--steps", "1", "--out", other])
     flags = ["--data", pictures, "--vae", other, "--image-size", "32", "--workers", "0", "--device", "cpu"]
-    with pytest.raises(ValueError, match="no folder 'val' beside"):
+    with pytest.raises(ValueError, match="--split val: want --data DIR/train with DIR/val beside it"):
         encode.main([*flags, "--split", "val", "--out", str(tmp_path / "latents")])
     encode.main([*flags, "--out", str(tmp_path / "latents")])
     with pytest.raises(ValueError, match="has vae_hash .*encode both by one VAE"):
@@ -547,7 +547,8 @@ def test_run_of_bad_steps_stops_and_names_the_term(pictures, tmp_path, monkeypat
 def test_run_that_has_died_is_reported(capsys):
     alive = {"grad_norm": 1e-9, "align": 1e-9, "gan": 0.1, "loss": 0.0}
     for row, warned in ((alive, False), ({**alive, "gan": -1e-9}, True), ({"grad_norm": 0.0}, True),
-                        ({"grad_norm": 1e-3}, False), ({"grad_norm": float("nan")}, False)):
+                        ({"grad_norm": 1e-3}, False), ({"grad_norm": float("nan")}, False),
+                        ({"grad_norm": 0.0, "align": float("nan")}, False)):
         logs.check_health(row, 0, 100, 50)
         assert ("step 50: gradient and losses are 0" in capsys.readouterr().out) == warned, row
 
@@ -780,8 +781,9 @@ def test_checkpoint_of_another_version_is_named_and_later_fields_have_their_defa
     for command in (lambda: sample.main(["--ckpt", str(tmp_path / "sit"), "--device", "cpu"]),
                     lambda: train_sit.main(["--latents", latents, *SIT, "--steps", "9", "--out",
                                             str(tmp_path / "sit")])):
-        with pytest.raises(ValueError, match="another version of this code.*invented"):
+        with pytest.raises(ValueError, match="another version of this code.*invented") as seen:
             command()
+        assert str(seen.value).count("ckpt_0000003.pt") == 1
 
 
 def test_samples_of_an_earlier_run_do_not_stay_beside_a_new_protocol(trained, tmp_path):
@@ -865,12 +867,13 @@ def test_unreadable_newest_checkpoint_of_any_kind_is_passed_over(tmp_path, conte
     assert common.latest_checkpoint(tmp_path, "x")[1]["step"] == 1
 
 
-def test_pruning_keeps_the_newest_that_were_written_and_never_all_for_broken_ones(tmp_path):
+def test_pruning_keeps_the_newest_that_were_written_and_never_all_for_broken_ones(tmp_path, capsys):
     """A broken file with a higher number is not one of those kept; 10,000,000 comes after 9,999,999."""
     for step in (3, 9_999_999, 10_000_000):
         common.save_checkpoint(tmp_path / f"ckpt_{step:07d}.pt", {"format": "x", "step": step})
-    (tmp_path / "ckpt_20000000.pt").write_bytes(b"")
-    assert weights.resolve(tmp_path).endswith("ckpt_20000000.pt")
+    (tmp_path / "ckpt_20000000.pt").write_bytes((tmp_path / "ckpt_0000003.pt").read_bytes()[:-100])
+    assert weights.resolve(tmp_path).endswith("ckpt_10000000.pt")
+    assert "ckpt_20000000.pt: cut off or damaged; falling back" in capsys.readouterr().err
     common.prune_checkpoints(tmp_path, keep=2, step=10_000_000)
     left = sorted(int(path.stem[5:]) for path in tmp_path.iterdir())
     assert left == [9_999_999, 10_000_000, 20_000_000]

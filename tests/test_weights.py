@@ -732,7 +732,7 @@ def test_damaged_diffusers_folders_and_missing_weights_are_one_clear_line(tmp_pa
 
 def test_exported_safetensors_may_be_read_by_whom_other_files_may(tmp_path):
     weights.save_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
-    weights.save_pt(tmp_path / "a.pt", {"x": torch.ones(1)})
+    common.save_checkpoint(tmp_path / "a.pt", {"x": torch.ones(1)})
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.pt").stat().st_mode
 
 

@@ -132,8 +132,8 @@ def train(args, proc):
     held_out = None if args.val_latents is None else data.LatentFolder(args.val_latents)
     for key in ("vae_hash", "latent_size", "class_names"):
         if held_out is not None and held_out.meta[key] != latents.meta[key]:
-            raise ValueError(f"{args.val_latents} has {key} {held_out.meta[key]}, {args.latents} "
-                             f"{latents.meta[key]}; encode both by one VAE, --split train and val")
+            raise ValueError(f"{args.val_latents} has {key} {str(held_out.meta[key])[:80]}, {args.latents} "
+                             f"{str(latents.meta[key])[:80]}; encode both by one VAE, --split train and val")
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
     steps = common.plan_steps(args.steps, args.epochs, len(latents), args.batch_size)
     torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)

@@ -60,7 +60,7 @@ REPORT = {"attribute F1, flattened": ("flat", "macro_f1"), "attribute F1, pooled
 def own_checkpoint(path) -> dict:
     """Return the checkpoint if train_vae.py wrote it, else {} (a published file, or one on the hub)."""
     try:
-        return common.load_checkpoint(path, "nanosendvae-vae")
+        return common.load_checkpoint(weights.resolve(path), "nanosendvae-vae")
     except (ValueError, FileNotFoundError):
         return {}
 

@@ -1,4 +1,4 @@
-"""The report of the quickstart: its table from the files of the stages, its curves from the logs. A second.
+"""The report of the quickstart: its table from the files of the stages, its pictures. A few seconds.
 
 Run: ./test.sh tests/test_quickstart.py
 """
@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import quickstart
+import train_vae
+from vae import load_vae
 
 
 def write_run(folder, shift=0.0):
@@ -48,6 +51,39 @@ def test_table_names_every_distance_by_n_and_reference_and_puts_the_difference_l
     assert "| FD-judge of 1000 samples vs shapes-val-4000, guidance 2 | 29.00 | 28.00 | -1.000 |" in table
     assert "| class accuracy of samples, guidance 2 | 0.375 | 0.625 | +0.250 |" in table
     assert "| seconds, SiT | 10 | 11 | +1 |" in table
+
+
+def test_report_is_written_with_its_pictures(tmp_path, monkeypatch, capsys):
+    """On VAEs of one step; the rows are those that the report names."""
+    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 32, "val": 16})
+    run = write_run(tmp_path / "run")
+    common_flags = ["--data", "shapes", "--vae", "tiny", "--init", "none", "--lpips", "0", "--gan", "0",
+                    "--batch-size", "32", "--steps", "1", "--workers", "0", "--device", "cpu"]
+    samples = {"arr_0": np.zeros((20, 32, 32, 3), np.uint8), "arr_1": np.arange(20) % 10}
+    for kind, flags in (("plain", ["--align", "0"]), ("send", ["--teacher", "shapes"])):
+        train_vae.main([*common_flags, *flags, "--out", str(tmp_path / kind)])
+        (run / kind / "vae" / "log.jsonl").replace(tmp_path / kind / "log.jsonl")
+        (run / kind / "vae").rmdir()
+        (tmp_path / kind).replace(run / kind / "vae")
+        (run / kind / "samples" / "cfg2").mkdir(parents=True)
+        samples["arr_0"] = samples["arr_0"] + 100  # plain 100, send 200
+        np.savez(run / kind / "samples" / "cfg2" / "samples.npz", **samples)
+    quickstart.main([str(run)])
+    report = (run / "report.md").read_text()
+    assert capsys.readouterr().out.splitlines()[-1] in report
+    pictures = {name: np.array(Image.open(run / f"{name}.png"))
+                for name in ("reconstructions", "pca", "samples", "curves")}
+    assert all(f"]({name}.png)" in report for name in pictures)
+    assert pictures["reconstructions"].shape == (3 * 96, 12 * 96, 3)  # original, plain, send
+    assert pictures["pca"].shape == (5 * 96, 12 * 96, 3)  # image, two latents, mapper, teacher
+    images, _ = data.open_dataset("shapes", 32, split="val").__getitems__(range(12))
+    tiles = pictures["pca"][::3, ::3].reshape(5, 32, 12, 32, 3).transpose(0, 2, 4, 1, 3)
+    assert np.array_equal(tiles[0], images.numpy())
+    z = load_vae(run / "send" / "vae").encode(data.to_float(images)).mode()
+    latent = quickstart.enlarge(quickstart.pca_rgb(z.flatten(2).transpose(1, 2))).numpy()
+    assert np.array_equal(tiles[2], latent)
+    assert pictures["samples"].shape == (10 * 64, 5 * 64, 3)  # a row per class: 2 plain, gap, 2 send
+    assert [int(pictures["samples"][5, 64 * k + 5, 0]) for k in range(5)] == [100, 100, 255, 200, 200]
 
 
 def test_table_of_several_runs_has_means_and_standard_deviations(tmp_path):

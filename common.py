@@ -5,12 +5,14 @@
 * A checkpoint is a plain dict of tensors and plain values, written to a temporary file and renamed.
 """
 import argparse
+import gc
 import hashlib
 import math
 import os
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -116,13 +119,27 @@ def print0(*values) -> None:
         print(*values, flush=True)
 
 
+class RunStopped(RuntimeError):
+    """A training run that cannot go on, such as one whose gradients are no numbers."""
+
+
 def cli(main) -> None:
     """Run a script's main(); a wrong flag, file or folder becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        expected = isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError, RunStopped))
+        if expected:
+            text = str(error).strip()
+            if text.startswith("Caught "):  # in a loader's worker, whose traceback torch puts into the text
+                text = text.splitlines()[-1].partition(": ")[2]
+            tqdm.write(f"error: {text}", file=sys.stderr)  # below a bar, if there is one
+        else:
+            traceback.print_exc()
+        # The frames hold the loader; its workers ignore SIGTERM, and an exit would wait for them for ever.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        sys.exit(2 if expected and not isinstance(error, RunStopped) else 1)
     except KeyboardInterrupt:  # train_vae.py and train_sit.py catch the signal themselves, and save
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -335,6 +352,8 @@ def latest_checkpoint(folder, format: str):
             raise ValueError(f"{files[step]}: this is {state.get('format')}, wanted {format}; "
                              f"use another --out")
         return files[step], state
+    if files:
+        print0(f"warning: none of the checkpoints in {folder} is readable; starting anew")
     return None
 
 

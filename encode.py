@@ -29,7 +29,8 @@ def parse_args(argv=None):
         help="val: of 'shapes', or the folder 'val' beside a --data 'train' (for train_sit.py --val-latents)")
     add("--vae", default="out/vae",
         help="checkpoint, folder (newest of ours, or diffusers'), or hf://owner/repo/file")
-    add("--image-size", type=positive, default=None, help="pixels; default 256, or 32 for 'shapes'")
+    add("--image-size", type=positive, default=None,
+        help="pixels; default: what the VAE was trained on, else 256, or 32 for 'shapes'")
     add("--batch-size", type=positive, default=64, help="images per forward and device")
     add("--shard-size", type=positive, default=8192, help="images per file")
     add("--store", default="float32", choices=("float32", "float16"), help="type on disk")
@@ -42,18 +43,26 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def trained_size(path):
+    """Return the pixels that train_vae.py trained the VAE of a checkpoint on; None for other files."""
+    try:
+        return common.load_checkpoint(path, "nanosendvae-vae")["args"].get("image_size")
+    except (ValueError, FileNotFoundError):
+        return None
+
+
 @torch.no_grad()
 def encode(args, proc):
     """Write the latents of args.data; return the folder."""
     if common.DTYPES[args.dtype] is torch.float32:  # latents are made once: no TF32
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-    size = args.image_size or (32 if args.data == "shapes" else 256)
+    path = weights.resolve(args.vae)
+    size = args.image_size or trained_size(path) or (32 if args.data == "shapes" else 256)
     dataset = data.open_dataset(args.data, size, args.split)
     if dataset is None:
         raise ValueError(f"--split val: want --data DIR/train with DIR/val beside it, not {args.data}; or "
                          f"give the folder of held-out images as --data, without --split")
-    path = weights.resolve(args.vae)
     vae = load_vae(path)
     side = size // vae.stride
     per_image = 2 * vae.config.z_channels * side * side * (4 if args.store == "float32" else 2)

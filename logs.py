@@ -143,7 +143,7 @@ class Timer:
 
 
 def check_health(row: dict, bad_streak: int, limit: int, step: int) -> None:
-    """Raise RuntimeError naming the first non-finite term once `limit` steps in a row had to be skipped;
+    """Raise RunStopped naming the first non-finite term once `limit` steps in a row had to be skipped;
     warn of a run that has died: gradient, GAN and alignment of the logged steps (those there are) all 0."""
     vital = [row[key] for key in ("grad_norm", "gan", "align") if key in row]
     if vital and all(abs(value) < 1e-8 for value in vital):
@@ -151,6 +151,6 @@ def check_health(row: dict, bad_streak: int, limit: int, step: int) -> None:
                       f"back to a checkpoint before that, with a lower --lr")
     if bad_streak >= limit:
         bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-        raise RuntimeError(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: "
-                           f"{bad[0] if bad else 'the gradient'}; the newest checkpoint is the last good "
-                           f"one; try a lower --lr or --dtype fp32")
+        raise common.RunStopped(f"step {step}: {bad_streak} steps in a row skipped, first non-finite term: "
+                                f"{bad[0] if bad else 'the gradient'}; the newest checkpoint is the last "
+                                f"good one; try a lower --lr or --dtype fp32")

@@ -53,7 +53,8 @@ def parse_args(argv=None):
     add("--sampler", default="sde", choices=SAMPLERS, help="sde: Euler-Maruyama; euler, heun: the ODE")
     add("--steps", type=positive, default=250, help="solver steps")
     # the long name for torchrun, whose own parser takes --num for an abbreviation of one of its flags
-    add("--num", "--num-images", type=natural, default=0, help="images; 0 = 8 of each class, at most 80")
+    add("--num", "--num-images", type=natural, default=0,
+        help="images; 0 = 8 of each class, at most 80 (torchrun has a --num of its own: --num-images there)")
     add("--labels", default="balanced", choices=("balanced", "random"),
         help="balanced: image i has class i mod num_classes; random: uniform, as in REPA's numbers")
     add("--batch-size", type=positive, default=64, help="images per forward and device")

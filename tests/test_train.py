@@ -759,6 +759,31 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, command, message):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()[-1]) < 400
 
 
+@pytest.mark.parametrize("broken, code, message", [
+    (False, 1, "error: step 10: .* steps in a row skipped, first non-finite term"),
+    (True, 2, "error: .*images are corrupt.*want 1 % or less")])
+def test_an_error_beside_running_workers_is_one_line_and_ends(tmp_path, pictures, broken, code, message):
+    """Loader workers ignore SIGTERM, by which Python ends its children: it would wait for them for ever."""
+    if broken:
+        for i in range(20):
+            (tmp_path / "set" / "a").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / "a" / f"{i}.png").write_bytes(b"\x89PNG")
+        pictures = str(tmp_path / "set")
+    flags = ["--workers", "2", "--gan", "0", "--lr", "1e30", "--stop-after-bad", "3", "--log-every", "100"]
+    command = [sys.executable, str(ROOT / "train_vae.py"), "--data", pictures, *VAE, *flags, "--steps",
+               "1000", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert any(re.match(message, line) for line in lines), done.stderr[-2000:]
+
+
+def test_latents_have_the_size_that_the_vae_was_trained_on(pictures, trained, tmp_path):
+    encode.main(["--data", pictures, "--vae", trained[1], "--workers", "0", "--device", "cpu", "--out",
+                 str(tmp_path)])
+    assert data.LatentFolder(tmp_path).meta["image_size"] == 32
+
+
 def test_other_model_flags_in_the_same_folder_are_refused(pictures, trained):
     with pytest.raises(ValueError, match="other model flags"):
         train_vae.main(["--data", pictures, *VAE, "--mapper-depth", "2", "--steps", "9", "--out", trained[1]])

@@ -43,14 +43,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def trained_size(path):
-    """Return the pixels that train_vae.py trained the VAE of a checkpoint on; None for other files."""
-    try:
-        return common.load_checkpoint(path, "nanosendvae-vae")["args"].get("image_size")
-    except (ValueError, FileNotFoundError):
-        return None
-
-
 @torch.no_grad()
 def encode(args, proc):
     """Write the latents of args.data; return the folder."""
@@ -58,7 +50,8 @@ def encode(args, proc):
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
     path = weights.resolve(args.vae)
-    size = args.image_size or trained_size(path) or (32 if args.data == "shapes" else 256)
+    trained = weights.own_checkpoint(path).get("args", {})
+    size = args.image_size or trained.get("image_size") or (32 if args.data == "shapes" else 256)
     dataset = data.open_dataset(args.data, size, args.split)
     if dataset is None:
         raise ValueError(f"--split val: want --data DIR/train with DIR/val beside it, not {args.data}; or "

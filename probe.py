@@ -57,17 +57,9 @@ REPORT = {"attribute F1, flattened": ("flat", "macro_f1"), "attribute F1, pooled
 
 # features
 
-def own_checkpoint(path) -> dict:
-    """Return the checkpoint if train_vae.py wrote it, else {} (a published file, or one on the hub)."""
-    try:
-        return common.load_checkpoint(weights.resolve(path), "nanosendvae-vae")
-    except (ValueError, FileNotFoundError):
-        return {}
-
-
 def load_mapper(path) -> Mapper:
     """Return the mapper that was trained with a VAE, eval mode. Raises ValueError if there was none."""
-    checkpoint = own_checkpoint(path)
+    checkpoint = weights.own_checkpoint(path)
     if checkpoint.get("mapper") is None:
         raise ValueError(f"{path} holds no mapper: only train_vae.py's are kept with their mapper, and not "
                          "with --align 0")
@@ -357,7 +349,7 @@ def draw_pca(path, vaes, labels, images, args, device) -> None:
     from PIL import Image, ImageDraw
     x, size, rows, teachers = data.to_float(images.to(device)), images.shape[-1], {"images": images}, {}
     for vae_path, label in zip(vaes, labels):
-        vae, checkpoint = load_vae(vae_path).to(device), own_checkpoint(vae_path)
+        vae, checkpoint = load_vae(vae_path).to(device), weights.own_checkpoint(vae_path)
         z = vae.encode(x).mode()
         tokens = {f"{label}: latent": z.flatten(2).transpose(1, 2)}  # (B, N, C)
         if checkpoint.get("mapper") is not None:

@@ -129,6 +129,14 @@ def timm_network(name: str, flag: str, weights=None, overlay=None, **kwargs):
     return model
 
 
+def own_checkpoint(path) -> dict:
+    """Return the checkpoint if train_vae.py wrote it, else {} (a published file, or one on the hub)."""
+    try:
+        return common.load_checkpoint(resolve(path), "nanosendvae-vae")
+    except (ValueError, FileNotFoundError):
+        return {}
+
+
 def config_of(kind, values: dict, path):
     """Return kind(**values), a configuration from a checkpoint; fields that came later have their defaults.
 

@@ -64,15 +64,19 @@ def draw_inputs(cfg=TINY, batch=4, size=None, seed=1):
     return torch.randn(batch, cfg.in_channels, h, w), torch.rand(batch), torch.arange(batch) % cfg.num_classes
 
 
-def compare(name, values, atol, f64_rtol=None):
-    """Compare named outputs with the archive; with f64_rtol against the float64 run, where one is stored."""
+def compare(name, values, atol=None):
+    """Compare named outputs with the archive; without atol with the float64 run, where one is stored.
+
+    The float64 network has a float32 part, the waves of the time embedding, and exp and cos of float32
+    differ between processors: one unit in the last place of each moves the outputs by up to 4.6e-8 of their
+    largest value. An eps of 1e-5 for 1e-6 in a LayerNorm moves each network's outputs by 6e-7 at least.
+    """
     for key, value in values.items():
-        stored = f"{name}/{key}" if f64_rtol is None else f"{name}/{key}@f64"
+        stored = f"{name}/{key}@f64" if atol is None else f"{name}/{key}"
         if stored in ARCHIVE:
             expected = tensor(ARCHIVE, stored)
-            rtol = f64_rtol or 0
-            value = value.detach().to(expected.dtype)
-            torch.testing.assert_close(value, expected, atol=max(atol, rtol), rtol=rtol,
+            allowed = 1e-7 * expected.abs().max().item() if atol is None else atol
+            torch.testing.assert_close(value.detach().to(expected.dtype), expected, atol=allowed, rtol=0,
                                        msg=lambda message: f"{stored}: {message}")
 
 
@@ -91,7 +95,7 @@ def test_the_forward_pass_equals_the_published_network(name):
     assert {key for key in case["outputs"] if key != "cfg_v"} <= set(outputs)
     compare(name, outputs, atol=2e-5)
     v, zs = model.double()(x.double(), t, y, return_projections=True)
-    compare(name, {"v": v, **{f"zs{i}": z for i, z in enumerate(zs)}}, atol=0, f64_rtol=1e-9)
+    compare(name, {"v": v, **{f"zs{i}": z for i, z in enumerate(zs)}})
 
 
 @pytest.mark.parametrize("name", [name for name in FORWARD if "cfg_v" in CASES[name]["outputs"]])
@@ -157,8 +161,8 @@ def test_the_evaluation_forward_equals_repa_e(name):
             tokens = model.features(*plain, block=int(key.removeprefix("feats_depth")))
             compare(name, {key: tokens}, atol=2e-5)
     model.double()
-    compare(name, repae_forward(name, model, dtype=torch.float64)[1], atol=0, f64_rtol=1e-9)
-    compare(name, {"inference_v": model(plain[0].double(), *plain[1:])}, atol=0, f64_rtol=1e-9)
+    compare(name, repae_forward(name, model, dtype=torch.float64)[1])
+    compare(name, {"inference_v": model(plain[0].double(), *plain[1:])})
 
 
 @pytest.mark.parametrize("name", REPAE)

@@ -134,10 +134,12 @@ def write_diffusers(folder, suffix, old_names=False):
 @pytest.mark.parametrize("suffix, old_names", [(".bin", True), (".safetensors", False)])
 def test_a_diffusers_folder_loads_with_the_architecture_of_its_config(tmp_path, monkeypatch, suffix,
                                                                        old_names):
-    """Widths 32, 64, 96, 96: none of VAE_SIZES, so the file alone needs a size that we know."""
+    """Its widths are none of VAE_SIZES, so the file alone needs a size that we know."""
     theirs = write_diffusers(tmp_path / "vae", suffix, old_names)
     found = load_vae(tmp_path / "vae")
-    assert found.config.ch_mult == (1, 2, 3, 3) and found.stride == 8
+    widths = GOLDEN_VAE["cases"]["tiny_diffusers"]["config"]["block_out_channels"]
+    assert [found.config.ch * mult for mult in found.config.ch_mult] == widths
+    assert found.stride == 2 ** (len(widths) - 1)
     assert same(found, weights.from_diffusers(theirs))
     with pytest.raises(ValueError, match="none of the sizes.*a folder in diffusers format brings its own"):
         load_vae(tmp_path / "vae" / f"diffusion_pytorch_model{suffix}")

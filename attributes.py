@@ -1,23 +1,22 @@
-"""Data sets whose images have attributes: the readers of their published files, for probe.py.
+"""Data sets whose images have attributes, read from the files that their authors publish.
 
-    found = open_attributes("data/celeba", size=256)      # or "shapes", or "celeba:data/celeba"
-    found.splits["test"]; found.names; found.notes
+    splits = open_attributes("data/celeba", size=256)      # or "shapes"
+    images, indices = splits["test"]
+    images.attributes[indices], images.attribute_names, images.labels[indices], images.class_names
 
     shapes        the embedded set: no files
-    celeba        list_attr_celeba.txt, list_eval_partition.txt; img_align_celeba/       (Liu et al. 2015)
-    deepfashion   Category and Attribute Prediction Benchmark: list_attr_cloth.txt, list_attr_img.txt,
-                  list_eval_partition.txt; img/                                           (Liu et al. 2016)
-    awa2          Animals with Attributes 2: classes.txt, predicates.txt, predicate-matrix-binary.txt;
-                  JPEGImages/CLASS/                                                       (Xian et al. 2018)
-    folder        attributes.csv, or class folders, or both
+    CelebA        list_attr_celeba, list_eval_partition (.txt, or Kaggle's .csv), img_align_celeba/
+                  (Liu et al. 2015)
+    DeepFashion   Category and Attribute Prediction Benchmark: list_attr_cloth.txt, list_attr_img.txt,
+                  list_eval_partition.txt, img/ (Liu et al. 2016)
+    AwA2          Animals with Attributes 2: classes.txt, predicates.txt, predicate-matrix-binary.txt,
+                  JPEGImages/CLASS/ (Xian et al. 2018)
+    folder        attributes.csv (a header filename,NAME,..., then a line per image), class folders, or both
 
-Lists are found in the folder itself and in Anno/, Anno_coarse/ and Eval/, images also in Img/. A value of 1
-is a positive; 0 and -1 are none (in DeepFashion 0 means unknown). Letters: N images of the set, A attributes.
+The lists of the first two may be one folder deeper (Anno/, Eval/), and so may the images (Img/). A value of 1
+means present; 0 and -1 mean absent, or unknown (DeepFashion). Letters: N images, A attributes.
 """
 import csv
-import hashlib
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,291 +25,182 @@ import data
 
 SPLITS = ("train", "val", "test")
 SHAPES_TRAIN = 8000  # images of the embedded set to fit on; a quarter as many for validation
+# what the words of the published lists mean
+VALUES = {"-1": False, "0": False, "1": True}
+PARTS = {"0": "train", "1": "val", "2": "test", "train": "train", "val": "val", "test": "test"}
 TYPES = {"1": "texture", "2": "fabric", "3": "shape", "4": "part", "5": "style"}  # DeepFashion's README
-LISTS, PICTURES = ("", "Anno", "Anno_coarse", "Eval"), ("", "Img")
-
-
-@dataclass
-class Split:
-    """Some images of a data set, whose "labels" are the numbers of the images that were read.
-
-    rows (n,): the numbers of the split's images; attributes (N, A) uint8 and classes (N,) int64 are those of
-    the whole set, or None. Use the numbers a batch brings: another image may replace a corrupt one.
-    """
-    images: object
-    rows: np.ndarray
-    attributes: np.ndarray | None = None
-    classes: np.ndarray | None = None
-
-
-@dataclass
-class AttributeData:
-    """Splits "train", "val" and "test"; names of attributes and of classes; notes: what was left out."""
-    splits: dict
-    names: list = field(default_factory=list)
-    class_names: list = field(default_factory=list)
-    notes: list = field(default_factory=list)
 
 
 class ListedImages(data.ImageFolder):
-    """The images of a list of files below a folder; a batch's labels are their numbers in that list."""
+    """The images of a list, with .attributes (N, A) bool and .attribute_names, as the embedded set has them.
 
-    def __init__(self, root, files: list[str], size: int):
-        self.root, self.image_size, self.files = Path(root), size, np.array(files)
-        self.labels, self.class_names, self.num_classes = np.arange(len(files)), ["unconditional"], 1
-        # sizes and times too: another download may bring other pictures under the same names
-        stats = (os.stat(self.root / name) for name in files)
-        parts = (f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(files, stats))
-        self.files_hash = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-        self.corrupt, self.num_corrupt, self.num_seen = set(), 0, 0
-
-
-def open_attributes(data_flag: str, size: int | None = None, num_train: int = 0, seed: int = 0):
-    """Return the AttributeData of "shapes", a folder, or KIND:folder; without KIND its files tell.
-
-    size: pixels; None: 256, or 32 for shapes. num_train: train images to keep, by seed; 0 = all. Raises
-    FileNotFoundError, or ValueError for a damaged list, a folder of two kinds, over 1 % of files missing.
+    values: {file: (A,)}. The class of an image is its first folder, if there are class names.
     """
-    if data_flag == "shapes":
-        return read_shapes(size or 32, num_train or SHAPES_TRAIN)
-    kind, _, root = data_flag.partition(":")
-    if kind not in READERS or not root:
-        kind, root = None, data_flag
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; want --data shapes, --data DIR, or one of "
-                                f"{', '.join(READERS)} before it, as in --data celeba:DIR")
-    if kind is None:
-        fitting = [kind for kind, (_, mark) in READERS.items() if mark and find(root, mark, LISTS)]
-        if len(fitting) > 1:
-            raise ValueError(f"{root} has the files of {' and '.join(fitting)}; say which to read: "
-                             f"--data {fitting[0]}:{root}")
-        kind = fitting[0] if fitting else "folder"
-    found = READERS[kind][0](Path(root), size or 256)
-    for name, split in found.splits.items():
-        if name == "train" and 0 < num_train < len(split.rows):
-            split.rows = np.sort(np.random.default_rng(seed).permutation(split.rows)[:num_train])
-        if not len(split.rows):
-            raise ValueError(f"{root}: no image in the {name} split; want more images")
-    return found
+
+    def __init__(self, root, size: int, values: dict, names: list, class_names: list):
+        self.attributes, self.attribute_names = np.stack(list(values.values())), names
+        self.class_names = class_names or ["unconditional"]
+        number = {name: k for k, name in enumerate(class_names)}
+        labels = [number.get(file.partition("/")[0], 0) for file in values]
+        self.set_files(root, size, list(values), labels)
+
+
+def open_attributes(name: str, size: int, num_train: int = 0, seed: int = 0) -> dict:
+    """Return {"train", "val", "test": (images, indices)} of "shapes", or of a folder in a format above.
+
+    size: pixels. num_train: train images to keep, drawn by seed; 0 = all. indices: positions in `images`.
+    Raises FileNotFoundError for a missing folder or list, ValueError for a damaged list, for more than 1 % of
+    the images missing, and for an empty split.
+    """
+    if name == "shapes":
+        return read_shapes(size, num_train or SHAPES_TRAIN)
+    readers = [reader for file, reader in READERS.items() if search(Path(name), file)]
+    splits = (readers or [read_folder])[0](Path(name), size)
+    images, train = splits["train"]
+    if 0 < num_train < len(train):
+        splits["train"] = images, np.sort(np.random.default_rng(seed).permutation(train)[:num_train])
+    for split, (_, indices) in splits.items():
+        if not len(indices):
+            raise ValueError(f"{name}: no image in the {split} split; want more images")
+    return splits
 
 
 # what the readers share
 
-def find(root, name: str, places=("",), wanted: bool = False) -> Path | None:
-    """Return root/place/name for the first place that has it, else None, or FileNotFoundError if wanted."""
-    for place in places:
-        path = Path(root) / place / name
-        if path.exists():
-            return path
-    if wanted:
-        tried = ", ".join(str(Path(place) / name) for place in places)
-        raise FileNotFoundError(f"{root}: none of {tried}; want the data set unpacked as it is published")
-    return None
+def search(root: Path, pattern: str) -> list[Path]:
+    """Return the files and folders of this name in a folder of `root`, then those in `root` itself."""
+    return sorted(root.glob(f"*/{pattern}")) + sorted(root.glob(pattern))
 
 
-def read_lines(path):
-    """Yield (number, line) of all lines that are not blank: any line ends, no byte order mark."""
-    with open(path, encoding="utf-8-sig") as file:
-        yield from ((number, line.strip()) for number, line in enumerate(file, 1) if line.strip())
+def find(root: Path, pattern: str) -> Path:
+    """Return the first that `search` returns. Raises FileNotFoundError if there is none."""
+    for path in search(root, pattern):
+        return path
+    raise FileNotFoundError(f"{root}: no {pattern} in it; want the data set unpacked as it is published")
 
 
-def read_counted(path):
-    """Return (header, iterator over lines) of a list that begins with the number of its entries and a header.
+def read_list(path: Path, meaning: dict) -> tuple[list, dict]:
+    """Return (header, {file: meanings of its words}) of a list with lines "file word word ...".
 
-    Raises ValueError if there is no number, and at the end if it is wrong: the file is cut off.
+    The header is the last line before the first image file. Raises ValueError with file and line.
     """
-    lines = read_lines(path)
-    (_, count), (_, header) = next(lines, (1, "")), next(lines, (2, ""))
-    if not count.isdecimal() or not header:
-        raise ValueError(f"{path}: want the number of entries on line 1 and a header on line 2")
-
-    def entries():
-        seen = 0
-        for seen, line in enumerate(lines, 1):
-            yield line
-        if seen != int(count):
-            raise ValueError(f"{path}: {seen} entries, its first line says {count}; was it cut off?")
-    return header, entries()
-
-
-def read_values(words: list[str], count: int, where: str) -> np.ndarray:
-    """Return `count` values of -1, 0 or 1 as uint8, 1 where positive. ValueError for anything else."""
-    if len(words) != count or not {*words} <= {"-1", "0", "1"}:
-        raise ValueError(f"{where}: {len(words)} values ({' '.join(words)[:40]}); want {count} of -1, 0 or 1")
-    return np.array([word == "1" for word in words], dtype=np.uint8)
-
-
-def read_images(lines, count: int, path) -> dict:
-    """Return {file: (A,) uint8} of lines "file value value ..."; ValueError for a file listed twice."""
-    values = {}
-    for number, line in lines:
-        file, *words = line.split()
-        if file in values:
-            raise ValueError(f"{path}, line {number}: {file} is listed twice; remove one")
-        values[file] = read_values(words, count, f"{path}, line {number}")
-    return values
+    header, entries, number = [], {}, 0
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                cells = next(csv.reader([line])) if path.suffix == ".csv" else line.split()
+                file, *words = [cell.strip() for cell in cells] or [""]
+                if file and not entries and not file.lower().endswith(data.SUFFIXES):
+                    header = [file, *words]
+                elif file:
+                    first = next(iter(entries.values()), words)
+                    if file in entries or len(words) != len(first):
+                        raise ValueError(f"{file} is listed twice, or has not {len(first)} values")
+                    entries[file] = np.array([meaning[word] for word in words])
+        if not entries:
+            raise ValueError("no image is listed up to here")
+    except (KeyError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        raise ValueError(f"{path}, line {number}: {error}; want a file per line, then words among "
+                         f"{', '.join(meaning)} (text in UTF-8; commas in .csv)") from error
+    return header, entries
 
 
-def read_parts(lines, splits: dict, path) -> dict:
-    """Return {file: split} of lines "file word"; splits {word: split}."""
-    parts = {}
-    for number, line in lines:
-        file, *words = line.split()
-        if len(words) != 1 or words[0] not in splits:
-            raise ValueError(f"{path}, line {number}: {line[:60]!r}; want a file and one of "
-                             f"{', '.join(splits)}")
-        parts[file] = splits[words[0]]
-    return parts
-
-
-def shuffled_parts(files, seed=0) -> dict:
+def shuffled_parts(files: list[str], seed=0) -> dict:
     """Return {file: split}: 70 % train, 10 % validation, 20 % test, drawn by seed."""
     n, order = len(files), np.random.default_rng(seed).permutation(len(files))
     cuts = np.split(order, [7 * n // 10, 8 * n // 10])
     return {files[i]: split for split, part in zip(SPLITS, cuts) for i in part}
 
 
-def join(root, size, values: dict, parts: dict, names: list[str], what) -> AttributeData:
-    """Return the images below root that have attributes {file: (A,)} and a part {file: split}.
+def join(root, size: int, values: dict, parts: dict, names: list, class_names=()) -> dict:
+    """Return the splits of the listed images that have a file below root and a split; others are left out.
 
-    Others are left out and noted. Raises ValueError if more than 1 % of the listed ones (one is always
-    allowed) have no file or no part.
+    values {file: (A,)}, parts {file: split}. Raises ValueError if they are more than 1 % (one is always
+    allowed), or if there are not as many names as values.
     """
-    there, notes = {*data._find_images(root)}, []
-    for having, lack in ((there, f"no file below {root}"), (parts, "no split")):
-        without = [file for file in values if file not in having]
-        if len(without) > max(1, len(values) // 100):
-            raise ValueError(f"{what}: {len(without)} of {len(values)} images have {lack}, such as "
-                             f"{without[0]}; want 1 % or less: fetch them, or cut the list")
-        if without:
-            notes.append(f"{len(without)} of {len(values)} listed images have {lack}, left out: {without[0]}")
-    unlisted = there - {*values}
-    if unlisted:
-        notes.append(f"{len(unlisted)} images below {root} are not listed, left out: {min(unlisted)}")
-    files = [file for file in values if file in there and file in parts]
-    if not files:
-        raise ValueError(f"{what}: no listed image has a file below {root}")
-    images, attributes = ListedImages(root, files, size), np.stack([values[file] for file in files])
-    part = np.array([parts[file] for file in files])
-    splits = {split: Split(images, np.flatnonzero(part == split), attributes) for split in SPLITS}
-    return AttributeData(splits, names, notes=notes)
-
-
-def add_classes(found: AttributeData, class_names: list[str]) -> AttributeData:
-    """Give every image the class of its folder."""
-    number = {name: k for k, name in enumerate(class_names)}
-    for split in found.splits.values():
-        split.classes = np.array([number[file.partition("/")[0]] for file in split.images.files])
-    found.class_names = class_names
-    return found
+    there = {*data.find_images(root)} & {*parts}
+    kept = {file: value for file, value in values.items() if file in there}
+    lost = [file for file in values if file not in there]
+    if lost:
+        note = f"{root}: {len(lost)} of {len(values)} listed images have no file or no split ({lost[0]})"
+        if not kept or len(lost) > max(1, len(values) // 100):
+            raise ValueError(f"{note}; want 1 % or less: fetch them, or cut the list")
+        print(f"{note}; left out")
+    images = ListedImages(root, size, kept, list(names), list(class_names))
+    if images.attributes.shape[1] != len(names):
+        raise ValueError(f"{root}: {images.attributes.shape[1]} values per image, {len(names)} names of them")
+    split_of = np.array([parts[file] for file in kept]).ravel()
+    return {split: (images, np.flatnonzero(split_of == split)) for split in SPLITS}
 
 
 # the readers
 
-def read_shapes(size, num) -> AttributeData:
+def read_shapes(size: int, num: int) -> dict:
     """The embedded set: train and validation images of its train split, test images of its val split."""
-    train = data.Shapes(num + num // 4, 0, "train", size)
-    test = data.open_dataset("shapes", size, split="val")
-    rows = {"train": (train, np.arange(num)), "val": (train, np.arange(num, len(train))),
+    from shapes.scenes import Shapes
+    train, test = Shapes(num + num // 4, 0, "train", size), data.open_dataset("shapes", size, "val")
+    return {"train": (train, np.arange(num)), "val": (train, np.arange(num, len(train))),
             "test": (test, np.arange(len(test)))}
-    splits = {split: Split(images, part, images.attributes, images.labels)
-              for split, (images, part) in rows.items()}
-    train.labels, test.labels = np.arange(len(train)), np.arange(len(test))
-    return AttributeData(splits, train.attribute_names, train.class_names)
 
 
-def read_celeba(root, size) -> AttributeData:
+def read_celeba(root: Path, size: int) -> dict:
     """CelebA: 40 attributes, the official partition (0 train, 1 validation, 2 test), the aligned images."""
-    path = find(root, "list_attr_celeba.txt", LISTS, wanted=True)
-    header, lines = read_counted(path)
-    values = read_images(lines, len(header.split()), path)
-    partition = find(root, "list_eval_partition.txt", LISTS, wanted=True)
-    parts = read_parts(read_lines(partition), dict(zip("012", SPLITS)), partition)
-    pictures = find(root, "img_align_celeba", PICTURES, wanted=True)
-    pictures = find(pictures, "img_align_celeba") or pictures  # its archive unpacked in a folder of its name
-    return join(pictures, size, values, parts, header.split(), path)
+    header, values = read_list(find(root, "list_attr_celeba.*"), VALUES)
+    parts = read_list(find(root, "list_eval_partition.*"), PARTS)[1]
+    names = [name for name in header if name != "image_id"]  # the .csv names its first column
+    return join(find(root, "img_align_celeba"), size, values, parts, names)
 
 
-def read_deepfashion(root, size) -> AttributeData:
+def read_deepfashion(root: Path, size: int) -> dict:
     """DeepFashion: 1,000 attributes, here named type=name; its own train, val and test split."""
-    path, names = find(root, "list_attr_cloth.txt", LISTS, wanted=True), []
-    for number, line in read_counted(path)[1]:
-        *words, kind = line.split()  # the name has spaces
-        if kind not in TYPES or not words:
-            raise ValueError(f"{path}, line {number}: {line!r}; want a name and a type of 1 to 5")
-        names.append(f"{TYPES[kind]}={' '.join(words)}")
-    path = find(root, "list_attr_img.txt", LISTS, wanted=True)
-    values = read_images(read_counted(path)[1], len(names), path)
-    partition = find(root, "list_eval_partition.txt", LISTS, wanted=True)
-    parts = read_parts(read_counted(partition)[1], {split: split for split in SPLITS}, partition)
-    pictures = find(root, "img", PICTURES, wanted=True).parent  # the listed paths begin with img/
-    return join(pictures, size, values, parts, names, path)
+    values = read_list(find(root, "list_attr_img.txt"), VALUES)[1]
+    parts = read_list(find(root, "list_eval_partition.txt"), PARTS)[1]
+    names = []
+    for line in find(root, "list_attr_cloth.txt").read_text().splitlines()[2:]:  # below a count and a header
+        *words, code = line.split()
+        names.append(f"{TYPES.get(code, code)}={' '.join(words)}")
+    return join(find(root, "img").parent, size, values, parts, names)  # the listed paths begin with img/
 
 
-def read_awa2(root, size) -> AttributeData:
+def read_awa2(root: Path, size: int) -> dict:
     """AwA2: an image has the 85 attributes of its class; 50 classes.
 
-    Its own split (trainclasses.txt, testclasses.txt) parts classes, for zero-shot learning. Here every class
-    is parted: 70 % of its images train, 10 % validation, 20 % test, by seed 0.
+    Its own split (trainclasses.txt, testclasses.txt) separates classes, for zero-shot learning. Here the
+    images of every class are split: 70 % train, 10 % validation, 20 % test, by seed 0.
     """
-    lists = {}
-    for name in ("classes.txt", "predicates.txt"):
-        path = find(root, name, wanted=True)
-        lists[name] = [line.split(maxsplit=1)[-1] for _, line in read_lines(path)]  # "  1<tab>antelope"
-    classes, names = lists.values()
-    path = find(root, "predicate-matrix-binary.txt", wanted=True)
-    matrix = [read_values(line.split(), len(names), f"{path}, line {i}") for i, line in read_lines(path)]
-    if len(matrix) != len(classes):
-        raise ValueError(f"{path}: {len(matrix)} rows for {len(classes)} classes of classes.txt")
-    pictures, values, parts = find(root, "JPEGImages", wanted=True), {}, {}
-    empty = [name for name in classes if not (pictures / name).is_dir()]
+    classes = np.loadtxt(find(root, "classes.txt"), str, usecols=1).tolist()  # "  1<tab>antelope"
+    names = np.loadtxt(find(root, "predicates.txt"), str, usecols=1).tolist()
+    table, pictures = find(root, "predicate-matrix-binary.txt"), find(root, "JPEGImages")
+    matrix = np.loadtxt(table, int, ndmin=2) == 1
+    if matrix.shape != (len(classes), len(names)):
+        raise ValueError(f"{table}: {matrix.shape} values; want {len(classes)} x {len(names)}")
+    values, parts = {}, {}
     for k, name in enumerate(classes):
-        files = [] if name in empty else [f"{name}/{file}" for file in data._find_images(pictures / name)]
-        values |= {file: matrix[k] for file in files}
+        files = data.find_images(pictures / name, f"{name}/")
+        values |= dict.fromkeys(files, matrix[k])
         parts |= shuffled_parts(files, (0, k))
-    found = add_classes(join(pictures, size, values, parts, names, path), classes)
-    if empty:
-        found.notes.append(f"{len(empty)} of {len(classes)} classes have no folder in {pictures}: {empty[0]}")
-    return found
+    return join(pictures, size, values, parts, names, classes)
 
 
-def read_folder(root, size) -> AttributeData:
-    """Images in class folders, with attributes.csv, or both: 70 % train, 10 % validation, 20 % test, seed 0.
-
-    That file has a header (filename and names), then a line of file name and values an image.
-    """
-    table = root / "attributes.csv"
-    if table.is_file():
-        names, values = read_attributes(table)
-        classes = {file.partition("/")[0] for file in values if "/" in file}
-        classes = sorted(classes) if all("/" in file for file in values) else []
-    else:
+def read_folder(root: Path, size: int) -> dict:
+    """Images with attributes.csv, in class folders, or both; split as AwA2's classes, by seed 0."""
+    names, values = [], {}
+    try:
         folder = data.ImageFolder(root, size)
-        names, values = [], {str(file): np.zeros(0, np.uint8) for file in folder.files}
         classes = folder.class_names if folder.num_classes > 1 else []
+    except ValueError:  # folders train and val, or images beside folders: these are no classes
+        classes = []
+    if (root / "attributes.csv").is_file():
+        header, values = read_list(root / "attributes.csv", VALUES)
+        names = header[1:]
+    elif classes:
+        values = {str(file): np.zeros(0, bool) for file in folder.files}
     if not names and not classes:
-        raise ValueError(f"{root}: nothing to probe; want attributes.csv, a folder per class, or the lists "
-                         "of CelebA, DeepFashion or AwA2 as they are published")
-    found = join(root, size, values, shuffled_parts(sorted(values)), names, table if names else root)
-    return add_classes(found, classes) if classes else found
+        raise ValueError(f"{root}: nothing to probe; want attributes.csv, a folder per class, or CelebA, "
+                         "DeepFashion or AwA2 as they are published")
+    return join(root, size, values, shuffled_parts(sorted(values)), names, classes)
 
 
-def read_attributes(path) -> tuple[list[str], dict]:
-    """Return names and {file: (A,) uint8} of a csv file."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [(i, [cell.strip() for cell in row]) for i, row in enumerate(csv.reader(file), 1) if any(row)]
-    if len(rows) < 2:
-        raise ValueError(f"{path}: want a header (filename and names), then a line an image")
-    (_, (_, *names)), *rows = rows
-    values = {}
-    for number, (name, *words) in rows:
-        if name in values:
-            raise ValueError(f"{path}, line {number}: {name} is listed twice; remove one")
-        values[name] = read_values(words, len(names), f"{path}, line {number}")
-    return names, values
-
-
-READERS = {"celeba": (read_celeba, "list_attr_celeba.txt"),  # and the file that only that kind has
-           "deepfashion": (read_deepfashion, "list_attr_img.txt"),
-           "awa2": (read_awa2, "predicate-matrix-binary.txt"),
-           "folder": (read_folder, "attributes.csv")}
+# the file by which a format is known -> its reader
+READERS = {"list_attr_celeba.*": read_celeba, "list_attr_img.txt": read_deepfashion,
+           "predicate-matrix-binary.txt": read_awa2}

@@ -1,17 +1,19 @@
-"""What every script shares: processes, precision, randomness, guarded optimizer step, EMA, checkpoints.
+"""What every script needs and no paper is about: processes, precision, seeds, the guarded step, progress.
 
 * One process without a launcher, many under torchrun; `setup()` reads torchrun's variables and nothing else.
 * Randomness is a function of (seed, stream, step, row of the global batch), not of world size or micro-batch.
-* A checkpoint is a plain dict of tensors and plain values, written to a temporary file and renamed.
+* A training step never waits for the device: numbers stay there until they are logged.
 """
 import argparse
 import gc
 import hashlib
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from contextlib import nullcontext
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -27,7 +30,7 @@ from tqdm import tqdm
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-# processes, devices, precision
+# processes
 
 @dataclass(frozen=True)
 class Proc:
@@ -39,32 +42,6 @@ class Proc:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-
-def add_run_flags(parser, out: str | None = None) -> None:
-    """Add the flags that every script has: device, precision, seed, and where to write."""
-    add = parser.add_argument_group("run").add_argument
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-        help="auto: CUDA, else MPS, else CPU")
-    add("--dtype", default="auto", choices=tuple(DTYPES),
-        help="autocast type; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 elsewhere")
-    add("--seed", type=int, default=0, help="seed of all randomness")
-    if out is not None:
-        add("--out", default=out, help="output folder")
-
-
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}, want 1 or more")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """argparse type: an integer of at least 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text}, want 0 or more")
-    return int(text)
 
 
 def setup(device: str = "auto") -> Proc:
@@ -84,12 +61,6 @@ def setup(device: str = "auto") -> Proc:
     return Proc(rank, world, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
 
 
-def finish() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def barrier() -> None:
     """Wait until all processes are here."""
     if dist.is_initialized():
@@ -101,7 +72,7 @@ def distribute(module: nn.Module, proc: Proc) -> nn.Module:
     processes compute them."""
     if proc.world == 1:
         return module
-    # Raised for weights of 1 x 1 convolutions: their two layouts in memory are one.
+    # DDP warns about 1 x 1 convolutions, whose two memory layouts are identical. Harmless.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     ddp = DDP(module)
     ddp.broadcast_buffers = False  # the constructor's argument has another name since torch 2.14
@@ -113,11 +84,25 @@ def reducing(module: nn.Module, last: bool):
     return nullcontext() if last or not isinstance(module, DDP) else module.no_sync()
 
 
+def check_same(module: nn.Module) -> None:
+    """Raise RuntimeError if the processes' parameters have drifted apart (compared by their fp64 sum)."""
+    if not dist.is_initialized():
+        return
+    total = sum(p.detach().double().sum() for p in module.parameters())
+    low, high = total.clone(), total.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise RuntimeError(f"parameters differ between processes: sums from {low.item()} to {high.item()}")
+
+
 def print0(*values) -> None:
     """Print on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*values, flush=True)
 
+
+# commands
 
 class RunStopped(RuntimeError):
     """A training run that cannot go on, such as one whose gradients are no numbers."""
@@ -127,44 +112,115 @@ def cli(main) -> None:
     """Run a script's main(); a wrong flag, file or folder becomes one line on stderr and exit code 2."""
     try:
         main()
+    except (RunStopped, ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        report_error(error)
+        sys.exit(1 if isinstance(error, RunStopped) else 2)
     except Exception as error:
-        expected = isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError, RunStopped))
-        if expected:
-            text = str(error).strip()
-            if text.startswith("Caught "):  # in a loader's worker, whose traceback torch puts into the text
-                text = text.splitlines()[-1].partition(": ")[2]
-            tqdm.write(f"error: {text}", file=sys.stderr)  # below a bar, if there is one
-        else:
-            traceback.print_exc()
-        # The frames hold the loader; its workers ignore SIGTERM, and an exit would wait for them for ever.
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        sys.exit(2 if expected and not isinstance(error, RunStopped) else 1)
-    except KeyboardInterrupt:  # train_vae.py and train_sit.py catch the signal themselves, and save
+        traceback.print_exc()
+        release_loader(error)
+        sys.exit(1)
+    except KeyboardInterrupt:  # the trainers catch the signal themselves, and save
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        finish()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Autocast type for `--dtype`; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 elsewhere."""
-    if DTYPES[name] is not None:
-        return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # On a CPU without bf16 instructions bf16 is emulated and slower than fp32.
-    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if fast else torch.float32
+def report_error(error: Exception) -> None:
+    """Print an expected error as one line, below the bar if there is one."""
+    text = str(error).strip()
+    if text.startswith("Caught "):  # in a loader's worker: torch puts the whole traceback into the text
+        text = text.splitlines()[-1].partition(": ")[2]
+    tqdm.write(f"error: {text}", file=sys.stderr)
+    release_loader(error)
 
 
-def autocast(device: torch.device, dtype: torch.dtype):
-    """Return the autocast context for `dtype`; none for fp32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def release_loader(error: Exception) -> None:
+    """Let go of what the traceback holds, so that the process can end.
+
+    The traceback keeps the DataLoader alive. Its workers ignore SIGTERM, so exit() would hang: drop it first.
+    """
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """Return the parser of a script: described by the first paragraph of its docstring; -h shows defaults."""
+    return argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_run_flags(parser, out: str | None = None) -> None:
+    """Add the flags that every script has: device, precision, seed, and where to write."""
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+        help="auto: CUDA, else MPS, else CPU")
+    add("--dtype", default="auto", choices=tuple(DTYPES),
+        help="autocast type; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 elsewhere")
+    add("--seed", type=int, default=0, help="seed of all randomness")
+    if out is not None:
+        add("--out", default=out, help="output folder")
+
+
+def add_training_flags(parser, log_every: int, save_every: int) -> None:
+    """Add what both trainers have beside their recipe: schedule, speed, logging, saving."""
+    add = parser.add_argument_group("schedule").add_argument
+    add("--steps", type=natural, default=0, help="optimisation steps; 0 = from --epochs")
+    add("--warmup", type=natural, default=0, help="steps over which lr rises from 0")
+    add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
+    add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
+    add = parser.add_argument_group("logging and saving").add_argument
+    add("--log-every", type=positive, default=log_every, help="steps")
+    add("--save-every", type=positive, default=save_every, help="steps between checkpoints")
+    add("--keep", type=positive, default=2, help="newest checkpoints kept")
+    add("--stop-after-bad", type=positive, default=100, help="stop after so many non-finite steps in a row")
+    add("--tensorboard", action="store_true", help="also log there (needs the package tensorboard)")
+    add("--wandb", default=None, metavar="PROJECT", help="also log there (needs the package wandb)")
+    add("--dry-run", action="store_true", help="print configuration, sizes and batches, then leave")
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, want 1 or more")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}, want 0 or more")
+    return int(text)
+
+
+def print_config(args) -> None:
+    """Print every flag with its value."""
+    print0("configuration: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items())))
+
+
+def print_plan(args, proc: Proc, networks: dict, num_images: int, micro: int, accum: int, steps: int) -> None:
+    """Print the resolved configuration, parameter counts {name: module or None} and the batch arithmetic."""
+    print_config(args)
+    for name, module in networks.items():
+        if module is not None:
+            params = list(module.parameters())
+            trained = sum(p.numel() for p in params if p.requires_grad)
+            print0(f"parameters: {name} {sum(p.numel() for p in params):,} ({trained:,} trained)")
+    dtype = resolve_dtype(args.dtype, proc.device)
+    print0(f"precision: {dtype} autocast, float32 weights and losses; device: {proc.device}")
+    per_epoch = num_images // args.batch_size
+    print0(f"batch: {args.batch_size} global = {proc.world} processes x {accum} micro-batches x {micro}; "
+           f"lr {args.lr:g} as typed; {per_epoch} steps/epoch, {steps:,} steps = "
+           f"{steps / max(per_epoch, 1):.1f} epochs = {steps * args.batch_size:,} images")
 
 
 def plan_batch(batch_size: int, micro_batch_size: int, world: int) -> tuple[int, int]:
-    """Return (micro_batch_size, accum_steps); micro 0 = one a device. ValueError names a size that fits."""
+    """Return (micro-batch size, micro-batches a step); 0: one a device. ValueError names a size that fits."""
     micro = micro_batch_size or max(batch_size // world, 1)
     if batch_size % (world * micro):
         fits = math.ceil(batch_size / (world * micro)) * world * micro
@@ -182,6 +238,34 @@ def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int) -> i
         raise ValueError(f"--epochs {epochs:g} of {num_images} images make no step of --batch-size "
                          f"{batch_size}; give --steps, or a smaller batch")
     return steps
+
+
+def versions() -> dict:
+    """Return what produced a file: torch, python, git commit (empty outside a checkout)."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit}
+
+
+# precision
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Autocast type for `--dtype`; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 elsewhere."""
+    if DTYPES[name] is not None:
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # On a CPU without bf16 instructions bf16 is emulated and slower than fp32.
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Return the autocast context for `dtype`; none for fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 # randomness
@@ -211,20 +295,12 @@ def uniform_for(count: int, rows, device, *key) -> Tensor:
 
 # the optimisation step
 
-def saved_bytes(forward) -> int:
-    """Return the bytes that autograd keeps for the backward of `forward()`; works on the meta device too."""
-    seen = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: (seen.setdefault(x.untyped_storage()._cdata, x), x)[1], lambda x: x):
-        forward()
-    return sum(x.untyped_storage().nbytes() for x in seen.values() if not isinstance(x, nn.Parameter))
-
-
 def compile_modules(*modules) -> None:
     """torch.compile each module in place (names stay); without a compiler stay eager and say so."""
-    modules = [m for m in modules if m is not None]
+    modules = [module for module in modules if module is not None]
+    device = next(modules[0].parameters()).device
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=next(modules[0].parameters()).device))
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no compiler, no triton, a platform without either
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return print0(f"torch.compile: off, runs eagerly: {reason[:200]}")
@@ -255,10 +331,17 @@ def learning_rate(step: int, lr: float, warmup: int, cooldown: int, num_steps: i
     return lr * min(rise, fall)
 
 
+def backward(loss: Tensor, scaler=None) -> None:
+    """Backpropagate; with a GradScaler (fp16) the scaled loss."""
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
 def optimizer_step(optimizer, lr: float, max_norm: float, scaler=None) -> tuple[Tensor, Tensor]:
     """Clip, step unless the gradient is not finite, clear; return (gradient norm before clipping, skipped).
-    Both are tensors on the device: deciding there, by the fused optimizer's `found_inf`, spares the host a
-    synchronisation a step. max_norm 0 = no clipping. scaler: GradScaler of fp16 runs, one an optimizer."""
+
+    Both are tensors on the device: the fused optimizer decides there, by `found_inf`, so the host does not
+    wait. max_norm 0 = no clipping. scaler: GradScaler of fp16 runs, one an optimizer.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -301,122 +384,227 @@ class EMA:
             value.copy_(state[key])
 
 
-# checkpoints
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over groups of `group` images, so that a step does not depend on micro-batch and world size.
 
-def save_checkpoint(path, state: dict) -> None:
-    """Write `state` (tensors and plain values) so that `path` is either the old file or the whole new one."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Running statistics move once per optimizer step, in `update`, by the mean over all groups and processes.
+    Forward: images (B, C, H, W), B a multiple of `group`.
+    """
+    group, seen = 32, None
+
+    @classmethod
+    def convert(cls, module: nn.Module, group: int) -> nn.Module:
+        """Turn each BatchNorm2d of `module` into one of groups: its tensors stay, its forward changes."""
+        for layer in module.modules():
+            if type(layer) is nn.BatchNorm2d:
+                layer.__class__, layer.group = cls, group
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        out, self.seen = [], self.seen or []
+        for part in x.split(self.group):
+            mean, var = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
+            # Momentum 1 fills mean and var with the statistics of this group.
+            out.append(F.batch_norm(part, mean, var, self.weight, self.bias, True, 1.0, self.eps))
+            self.seen.append(torch.stack([mean, var]))
+        return torch.cat(out)
+
+    @torch.no_grad()
+    def update(self, skipped: Tensor) -> None:
+        """Call after the optimizer step; a skipped step leaves the statistics as they were."""
+        if not self.seen:
+            return
+        now = torch.stack(self.seen).mean(0)  # (2, C)
+        self.seen = None
+        if dist.is_initialized():
+            dist.all_reduce(now)
+            now /= dist.get_world_size()
+        for running, new in zip((self.running_mean, self.running_var), now):
+            running.copy_(torch.where(skipped, running, running.lerp(new, self.momentum)))
+        self.num_batches_tracked += ~skipped
+
+
+def update_batch_norms(module: nn.Module, skipped: Tensor) -> None:
+    """Move the running statistics of every GroupBatchNorm2d below `module`; once per optimizer step."""
+    for layer in module.modules():
+        if isinstance(layer, GroupBatchNorm2d):
+            layer.update(skipped)
+
+
+# progress
+
+def progress_bar(steps, proc: Proc, name: str):
+    """Iterate over `steps` with a tqdm bar on rank 0."""
+    return tqdm(steps, desc=name, disable=not proc.main, mininterval=2.0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes that tensors took at most on a CUDA device, else this process (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        import resource
+    except ModuleNotFoundError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def load_checkpoint(path, format: str | None = None) -> dict:
-    """Read a checkpoint of ours onto the CPU; `format` is the kind wanted, ValueError if it is not that."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zip and pickle each raise types of their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: a {type(state).__name__}, not a checkpoint of ours")
-    found = state.get("format")
-    if format is not None and found != format:
-        raise ValueError(f"{path}: this is {found or 'a file without a format'}, wanted {format}")
-    return state
+class Progress:
+    """Bar, log.jsonl, throughput and stop signal of a run. Numbers stay on the device until they are logged.
 
+        for step, batches in progress.steps(loader, accum):     # counts from 1; ends after SIGTERM, too
+            terms, skipped = train_step(...)
+            progress.record(terms, skipped)
+            if progress.due(args.save_every): ...
 
-def checkpoints(folder) -> dict:
-    """Return {step: path} of the checkpoints in a folder."""
-    return {int(p.stem[5:]): p for p in Path(folder).glob("ckpt_*.pt") if p.stem[5:].isdecimal()}
+    The stopwatch runs from the yield to `record`: what comes after, evaluation and saving, does not count.
+    Rank 0 writes; every process must call `record`, which is collective.
+    """
+    EARLY = (10, 20)  # these steps are logged whatever --log-every says
 
-
-def latest_checkpoint(folder, format: str):
-    """Return (path, state) of the newest readable checkpoint in `folder`, or None; a broken one is named."""
-    files = checkpoints(folder)
-    for step in sorted(files, reverse=True):
-        try:
-            state = load_checkpoint(files[step])
-        except ValueError as error:
-            print0(f"warning: {error}; falling back to the one before")
-            continue
-        if state.get("format") != format:
-            raise ValueError(f"{files[step]}: this is {state.get('format')}, wanted {format}; "
-                             f"use another --out")
-        return files[step], state
-    if files:
-        print0(f"warning: none of the checkpoints in {folder} is readable; starting anew")
-    return None
-
-
-def prune_checkpoints(folder, keep: int, step: int) -> None:
-    """Delete all but the newest `keep` checkpoints up to `step`, which has just been written; what has a
-    higher number could not be read, or the run would have continued from it."""
-    files = checkpoints(folder)
-    for number in sorted(number for number in files if number <= step)[:-keep]:
-        files[number].unlink()
-
-
-
-
-def state_hash(state: dict) -> str:
-    """sha256 over names, shapes and values of a state dict: the same weights hash alike in any file."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def versions() -> dict:
-    """Return what produced a file: torch, python, git commit (empty outside a checkout)."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit}
-
-
-def check_same(module: nn.Module) -> None:
-    """Raise RuntimeError if the processes' parameters have drifted apart (compared by their fp64 sum)."""
-    if not dist.is_initialized():
-        return
-    total = sum(p.detach().double().sum() for p in module.parameters())
-    low, high = total.clone(), total.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    if not torch.equal(low, high):
-        raise RuntimeError(f"parameters differ between processes: sums from {low.item()} to {high.item()}")
-
-
-# signals
-
-class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag, so that the loop can save and leave; a second signal kills."""
-
-    def __init__(self):
-        self.seen = False
+    def __init__(self, args, proc: Proc, step: int, num_steps: int, show=("loss",)):
+        self.args, self.proc, self.step, self.num_steps, self.show = args, proc, step, num_steps, show
+        self.sums, self.counts = {}, {}
+        self.bad_streak = torch.zeros((), device=proc.device)
+        self.seconds, self.waited, self.last_read = 0.0, 0.0, step
+        self.stopping = self.signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+            signal.signal(number, self.on_signal)
+        self.file, self.bar, self.sinks = None, None, []
+        if proc.main:
+            self.open_log()
 
-    def _handle(self, number, _frame) -> None:
-        self.seen = True
+    def open_log(self) -> None:
+        """Open log.jsonl, the bar and what else was asked for; the first row says what runs where."""
+        args = self.args
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(args.out) / "log.jsonl", "a", buffering=1)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(args.out)
+
+            def write_scalars(row):
+                for key, value in row.items():
+                    writer.add_scalar(key, value, self.step)
+            self.sinks.append(write_scalars)
+        if args.wandb:
+            import wandb
+            wandb.init(project=args.wandb, config=vars(args), dir=args.out)
+            self.sinks.append(lambda row: wandb.log(row, step=self.step))
+        self.write({"config": vars(args), "command": " ".join(sys.argv), "device": str(self.proc.device),
+                    "world": self.proc.world, **versions()})
+        self.bar = tqdm(total=self.num_steps, initial=self.step, desc=Path(args.out).name, unit="step",
+                        mininterval=2.0)
+
+    def on_signal(self, number, _frame) -> None:
+        """Note the signal, so that the loop can save and leave; a second one kills."""
+        self.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    def agreed(self, proc: Proc) -> bool:
-        """Whether any process has been signalled; collective, so call it at the same step everywhere."""
-        if proc.world == 1:
-            return self.seen
-        flag = torch.tensor(float(self.seen), device=proc.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def steps(self, loader, accum: int):
+        """Yield (step, its micro-batches) until the last step, or until a signal has come."""
+        batches = iter(loader)
+        while self.step < self.num_steps and not self.stopping:
+            begin = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(accum)]
+            self.waited += time.perf_counter() - begin
+            self.step, self.began = self.step + 1, begin
+            yield self.step, micro_batches
+        if self.file:
+            self.bar.close()
+            self.file.close()
+        if self.stopping and self.step < self.num_steps:
+            print0(f"stopped by a signal, saved at step {self.step}; the same command continues")
+
+    def record(self, terms: list, skipped: Tensor) -> None:
+        """Take in a step: `terms` are dicts of scalars (tensor, number, or (sum, count)), one a micro-batch.
+
+        Every --log-every steps their means are read from the device, checked and logged. Raises RunStopped
+        after --stop-after-bad skipped steps in a row.
+        """
+        for part in terms:
+            for name, value in part.items():
+                value, count = value if isinstance(value, tuple) else (value, 1)
+                self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().float()
+                self.counts[name] = self.counts.get(name, 0) + count
+        self.bad_streak = (self.bad_streak + 1) * skipped
+        due = self.due(self.args.log_every) or self.step in self.EARLY
+        row = self.read_means() if due else None  # this waits for the device
+        self.seconds += time.perf_counter() - self.began
+        if row is not None:
+            self.log({**row, **self.read_throughput()})
+            self.check_health(row)
+        if self.bar:
+            self.bar.update(self.step - self.bar.n)
+        self.agree_to_stop()
+
+    def read_means(self) -> dict:
+        """Return {name: mean over steps and processes} and start anew."""
+        names, device = list(self.sums), self.proc.device  # in the order of adding: the same in every process
+        sums = torch.stack([self.sums[name].to(device) for name in names])
+        counts = torch.stack([torch.as_tensor(self.counts[name]).to(device, sums.dtype) for name in names])
+        table = torch.stack([sums, counts])
+        if dist.is_initialized():
+            dist.all_reduce(table)
+        self.sums, self.counts = {}, {}
+        sums, counts = table.tolist()
+        return {name: s / n if n else math.nan for name, s, n in zip(names, sums, counts)}
+
+    def read_throughput(self) -> dict:
+        """Return speed, waiting and memory of the steps since the last call."""
+        done, left = self.step - self.last_read, self.num_steps - self.step
+        seconds = max(self.seconds, 1e-9)
+        row = {"images_per_s": done * self.args.batch_size / seconds, "step_ms": 1000 * seconds / done,
+               "data_wait_percent": 100 * self.waited / seconds, "eta_s": left * seconds / done,
+               "peak_memory_gib": peak_memory(self.proc.device) / 2**30}
+        self.seconds, self.waited, self.last_read = 0.0, 0.0, self.step
+        return row
+
+    def check_health(self, row: dict) -> None:
+        """Raise RunStopped, naming the first non-finite term, once too many steps in a row were skipped; warn
+        of a run that has died: gradient, GAN and alignment (those there are) all 0."""
+        if all(abs(row.get(key, 0)) < 1e-8 for key in ("grad_norm", "gan", "align")):
+            print0(f"warning: step {self.step}: gradient and losses are 0, nothing is learned any more; go "
+                   f"back to a checkpoint before that, with a lower --lr")
+        streak = int(self.bad_streak)
+        if streak >= self.args.stop_after_bad:
+            bad = [key for key, value in row.items() if not math.isfinite(value)]
+            raise RunStopped(f"step {self.step}: {streak} steps in a row skipped, first non-finite term: "
+                             f"{bad[0] if bad else 'the gradient'}; the newest checkpoint is the last good "
+                             f"one; try a lower --lr or --dtype fp32")
+
+    def agree_to_stop(self) -> None:
+        """Set `stopping` in all processes once any was signalled; looked at often enough for torchrun, which
+        kills 30 s after its signal."""
+        if self.proc.world == 1:
+            self.stopping = self.signalled
+        elif self.step % min(self.args.log_every, 10) == 0:
+            flag = torch.tensor(float(self.signalled), device=self.proc.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.stopping = bool(flag)
+
+    def due(self, every: int) -> bool:
+        """Whether to do now what is done every so many steps and at the last one (0: only then)."""
+        return self.step == self.num_steps or bool(every) and self.step % every == 0
+
+    def log(self, row: dict) -> None:
+        """Write one line of log.jsonl, show the chosen values on the bar."""
+        if not self.file or not row:
+            return
+        self.write({"step": self.step, **row})
+        for sink in self.sinks:
+            sink({key: value for key, value in row.items() if isinstance(value, (int, float))})
+        shown = {key: f"{row[key]:.4g}" for key in (*self.show, "images_per_s") if key in row}
+        self.bar.set_postfix(shown)
+        if self.step in self.EARLY and "images_per_s" in row:
+            # A loader too slow, a memory nearly full or a week to go: say so at once.
+            self.bar.write(f"step {self.step}: {row['images_per_s']:.4g} images/s, waiting for data "
+                           f"{row['data_wait_percent']:.0f} % of the time, peak memory "
+                           f"{row['peak_memory_gib']:.1f} GiB, {row['eta_s'] / 60:.3g} min left")
+
+    def write(self, row: dict) -> None:
+        """Append one JSON object to log.jsonl; numbers that JSON does not have become text."""
+        row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps({"time": round(time.time(), 1), **row}) + "\n")

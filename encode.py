@@ -1,4 +1,4 @@
-"""Images to latents: the posterior moments of every image, with labels and statistics, for train_sit.py.
+"""Stage 2. Images -> latents/: mean and std of every posterior, labels, per-channel statistics.
 
     torchrun --nproc_per_node=8 encode.py                    # newest VAE of out/vae, ImageNet -> latents/
     python encode.py --data shapes --vae out/vae --out latents
@@ -6,22 +6,16 @@
 Writes memory-mapped shards of [mean | std] per image (raw, REPA's layout), labels.npy, and meta.json with the
 per-channel mean and std of z and the hash of the VAE. Run it again to continue: complete shards are kept.
 """
-import argparse
-
 import torch
 
+import checkpoints
 import common
 import data
-import logs
-import weights
 from common import natural, positive
-from vae import load_vae
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.new_parser(__doc__)
     add = parser.add_argument_group("encode").add_argument
     add("--data", default=data.DEFAULT_DATA,
         help="folder of class folders, flat folder, or 'shapes' (embedded set)")
@@ -34,8 +28,6 @@ def parse_args(argv=None):
     add("--batch-size", type=positive, default=64, help="images per forward and device")
     add("--shard-size", type=positive, default=8192, help="images per file")
     add("--store", default="float32", choices=("float32", "float16"), help="type on disk")
-    add("--flip", action="store_true", help="also store the moments of the mirrored images, for "
-        "LatentFolder.take(flips=...); train_sit.py, like REPA, does not use them")
     add("--workers", type=natural, default=8, help="processes that read images, per device")
     add("--dry-run", action="store_true", help="print configuration and size on disk, then leave")
     common.add_run_flags(parser, out="latents")
@@ -44,64 +36,68 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def encode(args, proc):
-    """Write the latents of args.data; return the folder."""
-    if common.DTYPES[args.dtype] is torch.float32:  # latents are made once: no TF32
+def encode_batch(vae, images, dtype):
+    """Return moments [mean | std] (B, 2C, h, w), fp32, on the CPU, of uint8 images (B, 3, H, W)."""
+    with common.autocast(images.device, dtype):
+        posterior = vae.encode(data.to_float(images))
+    return torch.cat([posterior.mean, posterior.std], 1).float().cpu()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    proc = common.setup(args.device)
+    dtype = common.resolve_dtype(args.dtype, proc.device)
+    if common.DTYPES[args.dtype] is torch.float32:  # asked for in full: no TF32
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-    path = weights.resolve(args.vae)
-    trained = weights.own_checkpoint(path).get("args", {})
-    size = args.image_size or trained.get("image_size") or (32 if args.data == "shapes" else 256)
+
+    # The VAE, and the images at the size that it was trained on.
+    path = checkpoints.resolve(args.vae)
+    trained_on = checkpoints.read_own(path).get("args", {}).get("image_size")
+    size = args.image_size or trained_on or data.default_size(args.data)
     dataset = data.open_dataset(args.data, size, args.split)
     if dataset is None:
         raise ValueError(f"--split val: want --data DIR/train with DIR/val beside it, not {args.data}; or "
                          f"give the folder of held-out images as --data, without --split")
-    vae = load_vae(path)
-    side = size // vae.stride
-    per_image = 2 * vae.config.z_channels * side * side * (4 if args.store == "float32" else 2)
-    common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
-    dtype = common.resolve_dtype(args.dtype, proc.device)
-    common.print0(f"{len(dataset):,} images of {size} px -> {vae.config.z_channels} x {side} x {side} "
-                  f"latents, {len(dataset) * per_image * (1 + args.flip) / 2**30:.2f} GiB in {args.out}; "
-                  f"VAE {path} ({sum(p.numel() for p in vae.parameters()):,} parameters, {dtype})")
+    vae = checkpoints.load_vae(path)
+    channels, side = vae.config.z_channels, size // vae.stride
+
+    common.print_config(args)
+    bytes_each = 2 * channels * side * side * (4 if args.store == "float32" else 2)
+    common.print0(f"{len(dataset):,} images of {size} px -> {channels} x {side} x {side} latents, "
+                  f"{len(dataset) * bytes_each / 2**30:.2f} GiB in {args.out}; VAE {path} "
+                  f"({sum(p.numel() for p in vae.parameters()):,} parameters, {dtype})")
     if args.dry_run:
         return None
+
+    # What the latents are of: another VAE or other images must not get into the same folder.
     writer = data.LatentWriter(args.out, {
-        "vae": path, "vae_hash": common.state_hash(vae.state_dict()), "data": args.data,
-        "split": args.split, "files_hash": dataset.files_hash, "num_images": len(dataset), "image_size": size,
-        "channels": vae.config.z_channels, "latent_size": (side, side), "shard_size": args.shard_size,
-        "dtype": args.store, "flip": args.flip, "num_classes": dataset.num_classes,
-        "class_names": list(dataset.class_names), "versions": common.versions()})
+        "vae": path, "vae_hash": checkpoints.state_hash(vae.state_dict()),
+        "data": args.data, "split": args.split, "files_hash": dataset.files_hash,
+        "num_images": len(dataset), "image_size": size,
+        "num_classes": dataset.num_classes, "class_names": list(dataset.class_names),
+        "channels": channels, "latent_size": (side, side),
+        "shard_size": args.shard_size, "dtype": args.store, "versions": common.versions()})
     vae.to(proc.device)
-    if proc.device.type == "cuda":
+    if proc.device.type == "cuda":  # cuDNN's convolutions want NHWC
         vae.to(memory_format=torch.channels_last)
 
-    def moments(images):
-        """uint8 (B, 3, H, W) -> [mean | std] (B, 2C, h, w)"""
-        with common.autocast(proc.device, dtype):
-            posterior = vae.encode(data.to_float(images))
-        return torch.cat([posterior.mean, posterior.std], 1).float().cpu()
+    # Each process takes every world-th of the shards that are missing.
+    for shard in common.progress_bar(writer.missing(proc.rank, proc.world), proc, "encode, shards"):
+        moments, labels = [], []
+        for batch in data.eval_loader(dataset, args.batch_size, workers=args.workers,
+                                      indices=writer.images_of(shard)):
+            moments.append(encode_batch(vae, batch["images"].to(proc.device, non_blocking=True), dtype))
+            labels.append(batch["labels"])
+        writer.write(shard, torch.cat(moments), torch.cat(labels))
 
-    for shard in logs.progress(writer.missing(proc.rank, proc.world), proc, "encode, shards"):
-        parts = []
-        for images, labels, _, _ in data.eval_loader(dataset, args.batch_size, workers=args.workers,
-                                                     indices=writer.rows(shard)):
-            images = images.to(proc.device, non_blocking=True)
-            parts.append((moments(images), labels, moments(images.flip(3)) if args.flip else None))
-        plain, labels, mirrored = zip(*parts)
-        writer.write(shard, torch.cat(plain), torch.cat(labels), torch.cat(mirrored) if args.flip else None)
     common.barrier()
     if proc.main:
-        meta = writer.finish()
-        print(f"wrote {args.out}: {meta['num_images']:,} images, {meta['num_classes']} classes; channel std "
-              f"{min(meta['std']):.3f} to {max(meta['std']):.3f}")
+        facts = writer.finish()
+        low, high = min(facts["std"]), max(facts["std"])
+        print(f"wrote {args.out}: {facts['num_images']:,} images, {facts['num_classes']} classes; channel "
+              f"std {low:.3f} to {high:.3f}, which training divides by")
     return args.out
-
-
-def main(argv=None):
-    """Entry point of the command."""
-    args = parse_args(argv)
-    return encode(args, common.setup(args.device))
 
 
 if __name__ == "__main__":

@@ -1,194 +1,312 @@
-"""Distances between sets of images: FID and its kin, of samples (gfid) and of reconstructions (rfid).
+"""Distances between sets of images: FID and related measures of samples (gfid) and of reconstructions (rfid).
 
     python fid.py gfid VIRTUAL_imagenet256_labeled.npz samples/samples.npz  # FID, sFID, IS, P/R, KID
-    python fid.py gfid REF.npz samples/cfg*/samples.npz                     # a table, one line per set
+    python fid.py gfid REF.npz samples/cfg*/samples.npz                     # one block of numbers per set
+    python fid.py gfid REF.npz SAMPLES.npz --train data/imagenet/train      # are samples copies? + a picture
     python fid.py rfid data/imagenet/val --vae out/vae                      # rFID, PSNR, SSIM, LPIPS
     python fid.py stats data/imagenet/train --out train256.npz              # a reference file of one's own
-    python fid.py nearest data/imagenet/train samples/samples.npz           # are samples copies? + a picture
-    python fid.py again out/gfid.json                                       # the same numbers?
     python fid.py gfid shapes samples/samples.npz --features shapes         # the embedded set, by its judge
 
-Sets of images: "shapes" (the embedded set), a folder, an npz file (arr_0 uint8 (N, H, W, 3), labels arr_1:
-ADM's) or an npy file of such an array; REF and SAMPLES also a file of statistics (ours, or mu, sigma, mu_s,
-sigma_s: ADM's). Measures are those of ADM's evaluator (arXiv:2105.05233): TF1 resize, softmax without bias,
-splits of 5,000, k = 3; but in fp64. Letters: n or B images, D features.
+A set of images is "shapes" (the embedded set), a folder, an npz file (arr_0 uint8 (N, H, W, 3), labels arr_1:
+ADM's format) or an npy file of such an array. REF and SAMPLES may also be a file of statistics: ours, or one
+with mu, sigma, mu_s, sigma_s (ADM's). The measures are those of ADM's evaluator (arXiv:2105.05233): TF1
+resize, softmax without bias, splits of 5,000, k = 3; but in fp64.
+
+Read: FeatureStats -> frechet_distance and the other measures -> compute_stats -> gfid, rfid -> the commands.
+Letters: n or m images, B images of a batch, D features.
 """
 import argparse
-import hashlib
 import json
-import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoints
 import common
 import data
-import logs
-from common import natural, positive
-from features import INCEPTION_FILE, Extractor, FIDInception, fuse
-from image_metrics import (FeatureStats, check_comparable, closer_than_training, frechet_distance,
-                           inception_score, kernel_distance, nearest, precision_recall, psnr, ssim)
-from losses import VGG_FILE, LPIPS
-from vae import load_vae
+from inception import Extractor, fuse
+from losses import LPIPS
 
-__all__ = ["FIDInception", "FeatureStats", "frechet_distance", "inception_score", "precision_recall",
-           "kernel_distance"]
-REFERENCE_ROWS = 10_000  # of a reference, for precision, recall, KID: as many as ADM's files hold
-SPLITS = ("train", "val", "test")
-# What the numbers depend on and no flag changes; it goes into every JSON file.
-SETTINGS = {"inception_score": "splits of 5000 in order, softmax without bias", "precision_recall": "k = 3",
-            "kid": "100 subsets of at most 1000, seed 2020, kernel (x.y / D + 1)^3",
-            "reconstruction": "posterior mean, 8 bits (LPIPS: not rounded)", "network": "fp32",
-            "statistics": "fp64"}
+MAX_KEPT = 10_000  # images of a reference whose features are kept: as many as ADM's files hold
+BLOCK = 512  # images whose distances to all others are in memory at once: to 50,000 others 200 MB
 LOW_PSNR = 22  # dB; published f16d32 have 27.6 to 28.6 on ImageNet (Send-VAE, Table 7)
-SHOWN = 10  # samples in the picture of nearest images
 
 
-# sets of images
+# statistics of a set of images
 
-def split_of(source, split: str | None = None) -> str:
-    """Return the split that images belong to: as told, else by a folder's name, else "unknown"."""
-    named = ["val"] if source == "shapes" else [part for part in Path(source).parts[::-1] if part in SPLITS]
-    return split or (named[0] if named else "unknown")
+class FeatureStats:
+    """Mean and covariance of the features of n images, from sums of x and of x x^T in fp64.
+
+    .n         number of images; None where a file does not say
+    .meta      how they were measured: extractor, weights, resize, image_size, dimensions, split, name, data
+    .moments   {"features" or "spatial": (mean (D,), covariance (D, D) as np.cov's)}, numpy fp64
+    .kept      {name: (m, ...)}, values of single images: features for precision, recall and KID; logits, ...
+    """
+
+    def __init__(self, meta: dict | None = None):
+        self.meta, self.n = dict(meta or {}), 0
+        self.sums, self.moments, self.kept = {}, {}, {}
+
+    def update(self, outputs: dict) -> None:
+        """Add a batch of features (B, D) and, for sFID, spatial (B, D')."""
+        self.n += len(outputs["features"])
+        for name in ("features", "spatial"):
+            if name in outputs:
+                x = outputs[name].detach()
+                x = (x.cpu() if x.is_mps else x).double()  # MPS has no fp64
+                dim = x.shape[1]
+                total, outer = self.sums.setdefault(name, (x.new_zeros(dim), x.new_zeros(dim, dim)))
+                total += x.sum(0)
+                outer.addmm_(x.T, x)
+
+    def keep(self, values: dict, names, chosen=slice(None)) -> None:
+        """Keep of the batch's values {name: (B, ...)} those with these names, of the chosen images."""
+        for name in names:
+            if name in values:
+                self.kept.setdefault(name, []).append(values[name].cpu()[chosen])
+
+    def finish(self) -> "FeatureStats":
+        """Compute .moments after the last batch; returns self.
+
+        Only rank 0 gets the statistics of all processes, kept values in the order of the ranks: those of
+        50,000 images take 600 MB. Each process needs at least one batch.
+        """
+        self.kept = {name: torch.cat(batches) for name, batches in self.kept.items()}
+        if dist.is_initialized():
+            for total, outer in self.sums.values():
+                dist.all_reduce(total)
+                dist.all_reduce(outer)
+            shares = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object((self.n, self.kept), shares)
+            if shares is None:
+                return self
+            self.n = sum(n for n, _ in shares)
+            self.kept = {name: torch.cat([kept[name] for _, kept in shares]) for name in self.kept}
+        for name, (total, outer) in self.sums.items():
+            cov = (outer - torch.outer(total, total) / self.n) / (self.n - 1)
+            self.moments[name] = (total / self.n).cpu().numpy(), cov.cpu().numpy()
+        self.meta["dimensions"] = len(self.moments["features"][0])
+        return self
+
+    def save(self, path) -> None:
+        """Write mu, sigma (mu_s, sigma_s), features, n, meta as npz; pytorch-fid and ADM's tools read it."""
+        arrays = {"n": self.n, "meta": json.dumps(self.meta)}
+        arrays["mu"], arrays["sigma"] = self.moments["features"]
+        if "spatial" in self.moments:
+            arrays["mu_s"], arrays["sigma_s"] = self.moments["spatial"]
+        if "features" in self.kept:
+            arrays["features"] = self.kept["features"].numpy()
+        with data.replacing(path) as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path) -> "FeatureStats":
+        """Read a file of statistics: ours, ADM's, or pytorch-fid's. Raises KeyError for another file."""
+        arrays = np.load(path, allow_pickle=False)
+        stats = cls({"name": Path(path).stem, "dimensions": len(arrays["mu"])})
+        stats.n = int(arrays["n"]) if "n" in arrays else None  # ADM's does not say
+        stats.moments["features"] = arrays["mu"], arrays["sigma"]
+        if "mu_s" in arrays:
+            stats.moments["spatial"] = arrays["mu_s"], arrays["sigma_s"]
+            stats.meta |= {"extractor": "inception", "resize": "tf1"}  # ADM's, unless "meta" says otherwise
+        if "meta" in arrays:
+            stats.meta |= json.loads(str(arrays["meta"]))
+        if "features" in arrays:
+            stats.kept["features"] = torch.from_numpy(arrays["features"])
+        return stats
 
 
-def open_images(source: str, size: int | None, split: str | None = None):
-    """Return "shapes", a folder, an npz or npy file as a data set; folders are cropped to size (256)."""
-    if str(source).endswith((".npz", ".npy")):
-        return data.ArrayImages(source)
-    if Path(source).is_file():
-        raise ValueError(f"{source}: not images; want 'shapes', a folder, .npz or .npy")
-    if source == "shapes":
-        split = split_of(source, split)
-        if split not in data.SHAPES_NUM:
-            raise ValueError(f"--split {split}: the embedded set has {', '.join(data.SHAPES_NUM)}")
-        dataset = data.open_dataset(source, size or 32, split=split)
-        dataset.name = f"shapes-{split}-{len(dataset)}"
-    else:
-        dataset = data.ImageFolder(source, size or 256)
-        dataset.labels = np.full(len(dataset), -1)  # a folder's number need not be the judge's class
-        dataset.name = f"{Path(source).resolve().name}-{len(dataset)}"
-    return dataset
+def check_comparable(reference: FeatureStats, samples: FeatureStats) -> None:
+    """Raise ValueError naming both sides if they were measured differently.
+
+    Fields that a file does not have are not compared.
+    """
+    a, b = reference.meta, samples.meta
+    for key in ("extractor", "weights", "resize", "image_size", "dimensions"):
+        if key in a and key in b and a[key] != b[key]:
+            raise ValueError(f"{key} differs: {a.get('name', 'reference')} has {a[key]}, "
+                             f"{b.get('name', 'samples')} has {b[key]}; measure both alike")
 
 
-# features of sets of images
+# measures of sets of features
+
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) in fp64 (arXiv:1706.08500); mu (D,), sigma (D, D).
+
+    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, where S1 = R R^T. That
+    matrix is symmetric, so its eigenvalues are real, also for covariances of fewer than D images.
+    Raises ValueError for NaN.
+    """
+    moments = [torch.as_tensor(np.asarray(a), dtype=torch.float64) for a in (mu1, sigma1, mu2, sigma2)]
+    mu1, s1, mu2, s2 = moments
+    if not all(a.isfinite().all() for a in moments):
+        raise ValueError("features or covariances are not finite; check the images, give at least 2")
+    values, vectors = torch.linalg.eigh(s1)
+    # Below full rank some eigenvalues are rounding errors of 1e-16, of which the root would make 1e-8.
+    positive = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root = vectors[:, positive] * values[positive].sqrt()  # (D, rank)
+    cross = torch.linalg.eigvalsh(root.T @ s2 @ root).clamp_min(0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
+
+
+def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
+    """exp(mean KL(p(y|x) || p(y))) of consecutive splits: their mean and population std (arXiv:1606.03498).
+
+    logits (n, classes); ADM's are without the bias of the last layer.
+    """
+    scores = []
+    for part in logits.double().split(split_size):
+        log_p = part.log_softmax(1)
+        p = log_p.exp()
+        scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the squared distances (n, m) of x (n, D) to y (m, D), fp64."""
+    x, y = x.double(), y.double()
+    return (x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)).clamp_min_(0)
+
+
+def nearest(points: Tensor, others: Tensor, k: int = 1, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Return squared distances (n, k) fp64 and indices (n, k) of each point's k nearest others, in order.
+
+    points (n, D), others (m, D). A point that is also among the others finds itself.
+    """
+    distances, indices, others = [], [], others.double()
+    for x in points.split(block):
+        best = squared_distances(x, others).topk(k, largest=False)
+        distances.append(best.values)
+        indices.append(best.indices)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int = BLOCK) -> tuple:
+    """Share of samples near the reference, and of references near the samples (arXiv:1904.06991); (n, D).
+
+    Near: no farther from some point of the other set than that point's k-th neighbour there. As ADM's
+    evaluator, whose fp16 distances move the third decimal; here fp64. Raises ValueError for too few images.
+    50,000 samples, 10,000 references, D 2,048: 12.7 TFLOP, 5 minutes of one CPU core.
+    """
+    if min(len(reference), len(samples)) <= k:
+        raise ValueError(f"{len(reference)} references and {len(samples)} samples; want more than {k} each")
+    # k + 1: the first neighbour of an image is the image itself
+    reference_radii = nearest(reference, reference, k + 1, block)[0][:, k]
+    sample_radii = nearest(samples, samples, k + 1, block)[0][:, k]
+    precise, recalled = [], torch.zeros_like(reference_radii, dtype=torch.bool)
+    for x, radii in zip(samples.split(block), sample_radii.split(block)):
+        squares = squared_distances(x, reference)  # (block, n)
+        precise.append((squares <= reference_radii).any(1))
+        recalled |= (squares <= radii[:, None]).any(0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+
+
+def kernel_distance(reference: Tensor, samples: Tensor, subsets: int = 100, subset_size: int = 1000,
+                    seed: int = 2020) -> tuple[float, float]:
+    """KID (arXiv:1801.01401): unbiased MMD^2, kernel (x.y / D + 1)^3: mean and std over random subsets.
+
+    Features (n, D) each. Kernel and subsets are torch-fidelity's. Raises ValueError for smaller sets.
+    """
+    rng, values = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        x = samples[rng.choice(len(samples), subset_size, replace=False)].double()
+        y = reference[rng.choice(len(reference), subset_size, replace=False)].double()
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        pairs = xx.sum() - xx.trace() + yy.sum() - yy.trace()  # unbiased: no image is paired with itself
+        values.append(float(pairs / (subset_size * (subset_size - 1)) - 2 * xy.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def closer_than_training(train: Tensor, points: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Compare the distance of each point to its nearest training image with that image's to its own nearest.
+
+    train (n, D), points (m, D) -> (ratio (m,), indices (m, k) of the nearest training images). A ratio below
+    1 is what arXiv:2102.08921 calls not authentic: about half of unseen images have it, and all copies (0,
+    also if their original is there twice).
+    """
+    own = nearest(train, train, 2)[0][:, 1]
+    squares, indices = nearest(points, train, k)
+    # Smaller squared distances are the rounding of |x|^2 - 2 x.y + |y|^2: the images are equal.
+    noise = 1e-12 * points.double().square().sum(1)
+    squares = torch.where(squares[:, 0] < noise, 0, squares[:, 0])
+    return (squares / own[indices[:, 0]].maximum(noise).clamp_min(1e-300)).sqrt(), indices
+
+
+def ssim(x_u8: Tensor, y_u8: Tensor) -> Tensor:
+    """Structural similarity of each pair (Wang et al. 2004), (B,); uint8 (B, 3, H, W), sides of at least 11.
+
+    Gaussian window 11 x 11 of sigma 1.5, where it fits; K 0.01 and 0.03; mean over positions and colours.
+    """
+    x, y = x_u8.float() / 255 - 0.5, y_u8.float() / 255 - 0.5  # centred: variances keep more digits
+    window = torch.exp(-torch.arange(-5, 6, device=x.device) ** 2 / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, 11, 1)
+    maps = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]  # (5 B 3, 1, H, W)
+    mx, my, xx, yy, xy = F.conv2d(F.conv2d(maps, window), window.mT).unflatten(0, (5, len(x), -1))
+    structure = (2 * (xy - mx * my) + 0.03**2) / (xx - mx * mx + yy - my * my + 0.03**2)
+    mx, my = mx + 0.5, my + 0.5
+    return (structure * (2 * mx * my + 0.01**2) / (mx * mx + my * my + 0.01**2)).flatten(1).mean(dim=1)
+
+
+# from images to numbers
 
 def load_extractor(name: str, weights=None, resize: str = "tf1", device="cpu") -> Extractor:
-    """Return an Extractor on `device`, with .meta for FeatureStats."""
+    """Return an Extractor on `device`; its .meta says for FeatureStats what it is."""
     extractor = Extractor(name, weights, resize)
-    state = {k: v for k, v in extractor.net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    extractor.meta = {"extractor": name, "weights": common.state_hash(state), "resize": extractor.resize}
+    state = extractor.net.state_dict()
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    extractor.meta = {"extractor": name, "weights": checkpoints.state_hash(state), "resize": extractor.resize}
     if name == "inception":
         fuse(extractor.net)
     return extractor.to(device)
 
 
-def extract(extractor, images_u8: Tensor) -> dict:
-    """Return the extractor's dict of activations; a callable that returns features (B, D) will do, too."""
-    outputs = extractor(images_u8)
-    return outputs if isinstance(outputs, dict) else {"features": outputs}
-
-
 @torch.no_grad()
-def compute_stats(batches, extractor, device="cpu", meta=None, keep_every: int = 1) -> FeatureStats:
-    """Measure batches (images uint8 (B, 3, H, W), labels (B,), ...) with any callable; labels < 0: none.
+def compute_stats(batches, extractor, device="cpu", meta=None, every: int = 1,
+                  keep=("features", "logits", "class_logits", "labels")) -> FeatureStats:
+    """Measure batches of data.eval_loader: {"images": uint8 (B, 3, H, W), "labels", "rows": (B,)}.
 
-    The last of a batch of eval_loader are positions in the whole set. Each process brings its share of the
-    batches; rank 0 gets the statistics of all.
+    extractor: any function of uint8 images that returns a dict with "features" (B, D). What `keep` names is
+    kept of every so many-th image. Each process brings its batches; rank 0 gets the statistics of all.
     """
-    stats = FeatureStats({**getattr(extractor, "meta", {}), **(meta or {})}, keep_every)
-    for images, labels, *more in batches:
-        outputs = {**extract(extractor, images.to(device)), "labels": labels}
-        if keep_every != 1:  # a reference: only samples have an Inception Score
-            outputs.pop("logits", None)
-        stats.update(outputs, images, more[-1] if more else None)
-    stats.all_reduce()
-    stats.meta["pixels"] = f"{stats.pixels:016x}"
-    return stats
-
-
-def measure_images(dataset, source, extractor, args, proc, keep_every=1, **meta) -> FeatureStats:
-    """Return the statistics of a data set, with all that they depend on in .meta."""
-    if len(dataset) < proc.world:
-        raise ValueError(f"{source}: {len(dataset)} images for {proc.world} processes; use fewer")
-    loader = data.eval_loader(dataset, args.batch_size, proc.rank, proc.world, args.workers)
-    crop = "center" if isinstance(dataset, data.ImageFolder) else "none"
-    return compute_stats(logs.progress(loader, proc, dataset.name), extractor, proc.device,
-                         {"name": dataset.name, "data": str(source), "image_size": dataset.image_size,
-                          "crop": crop, **meta}, keep_every)
-
-
-def has_statistics(source) -> bool:
-    """Whether this is a file of statistics (mu, sigma), with or without images."""
-    return str(source).endswith(".npz") and "mu" in data.open_arrays(source).files
-
-
-def measure(source, size, extractor, args, proc, reference=False) -> FeatureStats:
-    """Return the statistics of images, or those in a file; ADM's reference has images for the rows, too."""
-    stored = None
-    if has_statistics(source):
-        stored = FeatureStats.load(source)
-        with open(source, "rb") as file:
-            stored.meta["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        if "extractor" not in stored.meta:
-            common.print0(f"warning: {source} does not say how it was measured; only dimensions are checked")
-        if not reference and stored.n is None:
-            raise ValueError(f"{source} does not say of how many images it is; give the samples themselves")
-        if not reference or "arr_0" not in data.open_arrays(source).files:
-            return stored
-    dataset = open_images(source, size, args.split if reference else None)
-    sampling = Path(source).with_name("protocol.json")  # sample.py's, beside its samples
-    if reference:
-        keep_every, meta = -(-len(dataset) // REFERENCE_ROWS), {"split": split_of(source, args.split)}
-    else:
-        keep_every, meta = 1, {"sampling": json.loads(sampling.read_text())} if sampling.is_file() else {}
-    stats = measure_images(dataset, source, extractor, args, proc, keep_every, **meta)
-    if stored is None:
-        return stats
-    stored.rows = stats.rows
-    stored.meta |= {"image_size": dataset.image_size, "pixels": stats.meta["pixels"]}
-    return stored
-
-
-# commands
-
-def class_accuracy(rows: dict) -> dict:
-    """Return {"class_accuracy": share of images that the judge takes for their label}; {} without labels."""
-    if "class_logits" not in rows or (rows["labels"] < 0).any():
-        return {}
-    return {"class_accuracy": (rows["class_logits"].argmax(1) == rows["labels"]).double().mean().item()}
+    stats = FeatureStats(meta)
+    for batch in batches:
+        outputs = extractor(batch["images"].to(device))
+        stats.update(outputs)
+        stats.keep({**outputs, "labels": batch["labels"]}, keep, batch["rows"] % every == 0)
+    return stats.finish()
 
 
 def gfid(reference: FeatureStats, samples: FeatureStats, device="cpu") -> dict:
     """Return n, fd, and what else there are numbers for: sfid, inception_score, precision, recall, kid, ...
 
-    device: where distances between rows are computed. Raises ValueError if the two were measured differently;
-    prints one warning if there are fewer images than D.
+    device: where distances between features are computed. Raises ValueError if the two were measured
+    differently; prints one warning if there are fewer images than features.
     """
     check_comparable(reference, samples)
-    fewest, dim = min(n for n in (reference.n, samples.n) if n is not None), len(samples.mean())
-    if fewest < dim:
-        common.print0(f"warning: n = {fewest} images < D = {dim} features: singular covariance, a distance "
-                      "biased upwards; compare it only at equal n")
-
-    def distance(name):
-        return frechet_distance(*(moment(name) for stats in (reference, samples)
-                                  for moment in (stats.mean, stats.cov)))
-    result, rows = {"n": samples.n, "fd": distance("features")}, samples.rows
-    if all("spatial" in stats.sums or "spatial" in stats.moments for stats in (reference, samples)):
-        result["sfid"] = distance("spatial")
-    if "logits" in rows:
-        result["inception_score"], result["inception_score_std"] = inception_score(rows["logits"])
-    if "features" in rows and "features" in reference.rows:
-        pair = [stats.rows["features"].to(device) for stats in (reference, samples)]
-        size = min(1000, *map(len, pair))
-        result["precision"], result["recall"] = precision_recall(*pair)
-        result["kid"], result["kid_std"] = kernel_distance(*pair, subset_size=size)
-        result |= {"reference_rows": len(pair[0]), "sample_rows": len(pair[1]), "kid_subset_size": size}
-    return result | class_accuracy(rows)
+    n, dim = min(samples.n, reference.n or samples.n), samples.meta["dimensions"]
+    if n < dim:
+        common.print0(f"warning: n = {n} images < D = {dim} features: the distance is biased upwards")
+    result, kept = {"n": samples.n}, samples.kept
+    result["fd"] = frechet_distance(*reference.moments["features"], *samples.moments["features"])
+    if "spatial" in reference.moments and "spatial" in samples.moments:
+        result["sfid"] = frechet_distance(*reference.moments["spatial"], *samples.moments["spatial"])
+    if "logits" in kept:
+        result["inception_score"], result["inception_score_std"] = inception_score(kept["logits"])
+    if "features" in reference.kept and "features" in kept:
+        theirs, mine = reference.kept["features"].to(device), kept["features"].to(device)
+        size = min(1000, len(theirs), len(mine))
+        result["precision"], result["recall"] = precision_recall(theirs, mine)
+        result["kid"], result["kid_std"] = kernel_distance(theirs, mine, subset_size=size)
+        result |= {"reference_features": len(theirs), "sample_features": len(mine), "kid_subset_size": size}
+    if "class_logits" in kept and "labels" in kept and (kept["labels"] >= 0).all():
+        correct = kept["class_logits"].argmax(1) == kept["labels"]
+        result["class_accuracy"] = correct.double().mean().item()
+    return result
 
 
 @torch.no_grad()
@@ -196,112 +314,165 @@ def rfid(batches, vae, extractor, device="cpu", lpips=None) -> dict:
     """Compare images with their reconstructions from the posterior mean: n, fd, psnr_db, ssim, lpips, ...
 
     batches and extractor as in compute_stats; lpips: an LPIPS module, or None. Reconstructions are rounded to
-    uint8, as when saved, for all but LPIPS. {} but in rank 0.
+    uint8, as when saved, for all but LPIPS. Returns {} on all ranks but 0.
     """
     real, fake = FeatureStats(), FeatureStats()
-    for images_u8, labels, *_ in batches:
-        images = images_u8.to(device)
+    for batch in batches:
+        images = batch["images"].to(device)
         x = data.to_float(images)
         x_hat = vae.decode(vae.encode(x).mode())
         images_hat = data.to_uint8(x_hat)
-        real.update(extract(extractor, images), images_u8)
-        rows = {"psnr_db": psnr(images, images_hat), "ssim": ssim(images, images_hat), "labels": labels}
-        rows |= {} if lpips is None else {"lpips": lpips(x, x_hat)}
-        fake.update({**extract(extractor, images_hat), **rows})
-    real.all_reduce(), fake.all_reduce()
-    if dist.is_initialized() and dist.get_rank():
+        real.update(extractor(images))
+        fake.update(extractor(images_hat))
+        pairs = {"psnr_db": data.psnr(images, images_hat), "ssim": ssim(images, images_hat)}
+        if lpips is not None:
+            pairs["lpips"] = lpips(x, x_hat)
+        fake.keep(pairs, pairs)
+    real, fake = real.finish(), fake.finish()
+    if not fake.moments:  # not rank 0
         return {}
-    means = {key: fake.rows[key].double().mean().item() for key in rows if key != "labels"}
-    return gfid(real, fake) | means | {"pixels": f"{real.pixels:016x}"}
+    return gfid(real, fake) | {name: values.double().mean().item() for name, values in fake.kept.items()}
 
 
-def report(title: str, result: dict, args, proc) -> None:
-    """Print the numbers, and write them and all that they depend on to args.out (None: no file) as JSON.
+# sets of images
 
-    result: of one set, or {"sets": {source: result}}, which becomes a table. In the main process only.
+def has_array(source, name: str) -> bool:
+    """Whether this is an npz file that holds this array. False for a damaged file: reading it says why."""
+    return zipfile.is_zipfile(source) and f"{name}.npy" in zipfile.ZipFile(source).namelist()
+
+
+def open_images(source: str, size: int, args, proc, training: bool = False):
+    """Return (data set, batches of this process, what .meta says of the images). Folders are cropped to size.
+
+    The split is told by the path. training: of "shapes" take the training split. Raises ValueError for a
+    folder of sample.py, whose pictures are grids, and for fewer images than processes.
     """
-    if args.out:  # first: what was measured must not be lost
-        protocol = {"title": title, **result, "settings": SETTINGS, "args": vars(args),
-                    "device": str(proc.device), "processes": proc.world, "versions": common.versions()}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(protocol, indent=1) + "\n")
-    sets = result.get("sets")
-    if sets is None:
-        for key, value in result.items():
-            if isinstance(value, float):
-                print(f"{title if key == 'fd' else key:<56} {value:.4f}")
-    else:  # one kind of samples may have measures that another has not
-        columns = list(dict.fromkeys(key for row in sets.values() for key, value in row.items()
-                                     if isinstance(value, float)))
-        width, wide = max(map(len, sets)), {key: max(10, len(key)) for key in columns}
-        print(f"{title}\n{'samples':<{width}} {'n':>7} " + " ".join(f"{key:>{wide[key]}}" for key in columns))
-        for source, row in sets.items():
-            cells = (f"{f'{row[key]:.4f}' if key in row else '-':>{wide[key]}}" for key in columns)
-            print(f"{source:<{width}} {row['n']:>7} " + " ".join(cells))
+    path = Path(source)
+    splits = [part for part in path.parts if part in ("train", "val", "test")]
+    split = splits[-1] if splits else "unknown"
+    if source == "shapes":
+        split = "train" if training else "val"
+        dataset, name = data.open_dataset(source, size, split), f"shapes-{split}"
+    elif source.endswith((".npz", ".npy")):
+        dataset, name = data.ArrayImages(source), path.stem
+    else:
+        arrays = [*path.glob("samples.npz"), *path.glob("*/samples.npz")]
+        if arrays:
+            raise ValueError(f"{source}: a folder of sample.py; give {' '.join(map(str, arrays))}")
+        dataset, name = data.ImageFolder(source, size), path.resolve().name
+    if len(dataset) < proc.world:
+        raise ValueError(f"{source}: {len(dataset)} images for {proc.world} processes; use fewer")
+    common.print0(f"{source}: {len(dataset)} images of {dataset.image_size} px")
+    facts = {"name": f"{name}-{len(dataset)}", "data": source, "split": split,
+             "image_size": dataset.image_size}
+    loader = data.eval_loader(dataset, args.batch_size, proc, args.workers)
+    return dataset, common.progress_bar(loader, proc, name), facts
+
+
+def measure_reference(source: str, size: int, extractor, args, proc) -> FeatureStats:
+    """Return the statistics of a reference: images, a file of statistics, or ADM's file, which holds both."""
+    stored = FeatureStats.load(source) if has_array(source, "mu") else None
+    if stored:
+        if "extractor" not in stored.meta:
+            common.print0(f"warning: {source} does not say how it was measured; only dimensions are checked")
+        if "features" in stored.kept or not has_array(source, "arr_0"):
+            return stored
+    dataset, batches, facts = open_images(source, size, args, proc)
+    stats = compute_stats(batches, extractor, proc.device, extractor.meta | facts,
+                          every=(len(dataset) - 1) // MAX_KEPT + 1, keep=("features",))
+    if stored:  # ADM's: moments of all images, and some of the images for precision, recall and KID
+        stored.kept = stats.kept
+        stored.meta["image_size"] = dataset.image_size
+    return stored or stats
+
+
+# commands
+
+def report(titles: dict, result: dict, extractor, args, proc) -> None:
+    """Write the numbers, and all that they depend on, to args.out; then print them.
+
+    titles: {title: the numbers below it}.
+    """
+    protocol = {**result, "distance": extractor.label, "args": vars(args), "device": str(proc.device),
+                "processes": proc.world, "versions": common.versions()}
+    with data.replacing(args.out) as file:
+        file.write((json.dumps(protocol, indent=1) + "\n").encode())
+    for title, numbers in titles.items():
+        print(title)
+        for key, value in numbers.items():
+            if isinstance(value, (int, float)):
+                print(f"  {key:<22}{value:.7g}")
 
 
 def run_gfid(args, extractor, proc) -> dict:
-    """Measure one or several sets of samples and the reference, and report."""
-    if has_statistics(args.reference):  # before hours of samples
-        planned = FeatureStats({"name": args.samples[0], **extractor.meta})
-        check_comparable(FeatureStats.load(args.reference), planned)
-    size = args.image_size or (32 if "shapes" in (args.reference, *args.samples) else 256)
-    sets, reference = {}, None
+    device = "cuda" if proc.device.type == "cuda" else "cpu"  # MPS has no fp64
+    arrays = [source for source in args.samples if source.endswith((".npz", ".npy"))]
+    default = data.ArrayImages(arrays[0]).image_size if arrays else data.default_size(args.reference)
+    size = args.image_size or default
+    reference = measure_reference(args.reference, size, extractor, args, proc)
+    if args.train:
+        train_set, batches, facts = open_images(args.train, size, args, proc, training=True)
+        check_comparable(reference, FeatureStats(extractor.meta | facts))
+        train = compute_stats(batches, extractor, proc.device, keep=("features",))
+    sets, titles, pictures = {}, {}, []
     for source in args.samples:
-        samples = measure(source, size, extractor, args, proc)
-        if reference is None:
-            reference = measure(args.reference, samples.meta.get("image_size", size), extractor, args, proc,
-                                reference=True)
-        if proc.main:
-            sets[source] = gfid(reference, samples, "cuda" if proc.device.type == "cuda" else "cpu")
-            sets[source]["samples"] = samples.meta
+        dataset, batches, facts = open_images(source, size, args, proc)
+        check_comparable(reference, FeatureStats(extractor.meta | facts))  # now, before an hour of samples
+        keep = ["features", "logits"]
+        # Otherwise labels are not the judge's classes: those of a user's folder are others.
+        if source == "shapes" or (source.endswith(".npz") and reference.meta.get("data") == "shapes"):
+            keep += ["class_logits", "labels"]
+        samples = compute_stats(batches, extractor, proc.device, extractor.meta | facts, keep=keep)
+        if not proc.main:
+            continue
+        numbers = gfid(reference, samples, device)
+        if args.train:
+            features, others = samples.kept["features"].to(device), train.kept["features"].to(device)
+            ratio, indices = closer_than_training(others, features, k=4)
+            numbers["closer_than_training"] = (ratio < 1).double().mean().item()
+            pictures += draw_suspects(ratio, indices, dataset, train_set)
+        sets[source] = {**numbers, "samples": samples.meta}
+        titles[f"{extractor.label}-{samples.n} vs {reference.meta['name']}: {source}"] = numbers
     if not proc.main:
         return {}
-    name, (result, *others) = reference.meta["name"], sets.values()
-    title = f"{extractor.label} vs {name}" if others else f"{extractor.label}-{result['n']} vs {name}"
-    counts = sorted({row["n"] for row in sets.values()})
-    if len(counts) > 1:
-        print(f"warning: sets of {counts[0]} to {counts[-1]} images: their distances are not comparable")
-    result = {"sets": sets} if others else result
-    result |= {"reference": reference.meta, "reference_n": reference.n}
-    report(title, result, args, proc)
+    result = {"sets": sets, "reference": {**reference.meta, "n": reference.n}}
+    report(titles, result, extractor, args, proc)
+    if args.train:
+        path = Path(args.out).with_suffix(".png")
+        data.save_grid(path, torch.cat(pictures), 6, scale=max(1, 64 // train_set.image_size))
+        print(f"wrote {path}: possible copies. About half of unseen images are closer_than_training, too")
     return result
 
 
-def load_lpips(args, device):
-    """Return LPIPS as the flags want it, or None."""
-    if args.no_lpips or (args.features == "shapes" and not args.lpips_weights):
-        return None
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
-    try:
-        return LPIPS(args.lpips_weights or (cached if cached.is_file() else None)).to(device)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; here: --lpips-weights FILE, or --no-lpips") from error
+def draw_suspects(ratio: Tensor, indices: Tensor, samples, train) -> list[Tensor]:
+    """Return lines of a picture: the 10 samples of least ratio, each with a gap and its nearest images.
+
+    ratio (m,) and indices (m, 4) are of closer_than_training; samples and train are data sets.
+    """
+    lines = []
+    for i in ratio.argsort()[:10].tolist():
+        sample = samples.batch([i])["images"]
+        lines += [sample, torch.full_like(sample, 255), train.batch(indices[i].tolist())["images"]]
+    return lines
 
 
 def run_rfid(args, extractor, proc) -> dict:
-    """Reconstruct the images of args.data, and report."""
-    if has_statistics(args.data):
-        meta = FeatureStats.load(args.data).meta
-        raise ValueError(f"{args.data} holds statistics of {meta['name']}, split "
-                         f"{meta.get('split', 'unknown')}: a reference for gfid; rfid compares "
-                         "reconstructions with their originals, identically cropped: give the images")
-    vae = load_vae(args.vae).to(proc.device)
-    lpips = load_lpips(args, proc.device)
-    dataset = open_images(args.data, args.image_size, args.split)
-    if len(dataset) < proc.world:
-        raise ValueError(f"{args.data}: {len(dataset)} images for {proc.world} processes; use fewer")
-    loader = data.eval_loader(dataset, args.batch_size, proc.rank, proc.world, args.workers)
-    result = rfid(logs.progress(loader, proc, "rfid"), vae, extractor, proc.device, lpips)
+    if has_array(args.data, "mu"):
+        raise ValueError(f"{args.data} holds statistics, a reference for gfid; rfid compares reconstructions "
+                         "with their originals, identically cropped: give the images")
+    vae = checkpoints.load_vae(args.vae).to(proc.device)
+    lpips = None
+    if not args.no_lpips and (args.features != "shapes" or args.lpips_weights):
+        lpips = LPIPS(args.lpips_weights).to(proc.device)
+    trained = checkpoints.read_own(args.vae).get("args", {}).get("image_size")
+    size = args.image_size or trained or data.default_size(args.data)
+    _, batches, facts = open_images(args.data, size, args, proc)
+    result = rfid(batches, vae, extractor, proc.device, lpips)
     if not proc.main:
         return {}
-    split = split_of(args.data, args.split)
-    result["reference"] = {**extractor.meta, "name": dataset.name, "image_size": dataset.image_size,
-                           "split": split, "pixels": result.pop("pixels")}
-    result["vae_hash"] = common.state_hash(vae.state_dict())
-    result["lpips_hash"] = lpips and common.state_hash(lpips.state_dict())
-    title = f"r{extractor.label}-{result['n']} vs originals of {dataset.name}, split {split}"
-    report(title, result, args, proc)
+    result |= {"reference": extractor.meta | facts, "vae_hash": checkpoints.state_hash(vae.state_dict())}
+    title = f"r{extractor.label}-{result['n']} vs originals of {facts['name']}, split {facts['split']}"
+    report({title: result}, result, extractor, args, proc)
     if result["psnr_db"] < LOW_PSNR:
         print(f"verdict: below {LOW_PSNR} dB samples cannot look like these images, whatever generator is "
               f"trained; fine-tune this VAE on images of their kind (train_vae.py --init {args.vae})")
@@ -309,165 +480,58 @@ def run_rfid(args, extractor, proc) -> dict:
 
 
 def run_stats(args, extractor, proc) -> FeatureStats:
-    """Write the statistics of args.data to args.out."""
-    stats = measure(args.data, args.image_size, extractor, args, proc, reference=True)
+    size = args.image_size or data.default_size(args.data)
+    stats = measure_reference(args.data, size, extractor, args, proc)
     if proc.main:
         stats.save(args.out)
-        print(f"wrote {args.out}: {stats.n} images, {len(stats.mean())} features, {stats.meta}")
+        print(f"wrote {args.out}: {stats.n} images, {stats.meta}")
     return stats
 
 
-def run_nearest(args, extractor, proc) -> dict:
-    """Find the training images nearest to samples; report how many are too near, and draw the nearest."""
-    size = args.image_size or (32 if "shapes" in (args.train, args.samples) else 256)
-    samples = open_images(args.samples, size)
-    split = args.split or "train"
-    train = open_images(args.train, samples.image_size, split)
-    sibling = Path(args.train).with_name("val")
-    heldout = args.heldout or ("shapes" if args.train == "shapes" else
-                               sibling if Path(args.train).name == "train" and sibling.is_dir() else None)
-    other = "train" if split == "val" else "val"
-    sets = [(train, args.train, split), (samples, args.samples, "none")]
-    sets += [(open_images(str(heldout), samples.image_size, other), heldout, other)] if heldout else []
-    if train.image_size != samples.image_size:
-        raise ValueError(f"{args.train} has images of {train.image_size} px, {args.samples} of "
-                         f"{samples.image_size}; want equal sizes: --image-size for folders")
-    stats = [measure_images(images, source, extractor, args, proc, split=part)
-             for images, source, part in sets]
-    if not proc.main:
-        return {}
-    device = "cuda" if proc.device.type == "cuda" else "cpu"
-    rows, *others = (part.rows["features"].to(device) for part in stats)
-    own = nearest(rows, rows, 2)[0][:, 1]
-    ratio, indices = closer_than_training(rows, others[0], own, k=min(4, len(rows)))
-    shares = [float((closer_than_training(rows, points, own)[0] < 1).double().mean()) for points in others]
-    result = {"n": stats[1].n, "closer": shares[0], "heldout_closer": shares[1] if heldout else None,
-              "train": stats[0].meta, "train_n": stats[0].n, "samples": stats[1].meta,
-              "heldout_n": stats[2].n if heldout else None}
-    title = f"nearest-{result['n']} vs {train.name}"
-    report(title, result, args, proc)
-    print(f"{title}: {shares[0]:.1%} of the samples are closer to a training image than any other training "
-          f"image is to that; of held-out images {f'{shares[1]:.1%}' if heldout else 'about half would be'}")
-    picture = []
-    for i in ratio.argsort()[:SHOWN].tolist():
-        sample = samples.__getitems__([i])[0]
-        neighbours = train.__getitems__(indices[i].tolist())[0]
-        picture += [sample, torch.full_like(sample, 255), *neighbours[:, None]]
-    path = Path(args.out).with_suffix(".png")
-    data.save_grid(path, torch.cat(picture), 2 + indices.shape[1], scale=max(1, 64 // samples.image_size))
-    print(f"wrote {path}: the {len(picture) // (2 + indices.shape[1])} nearest samples, each beside its "
-          f"{indices.shape[1]} nearest training images")
-    return result
-
-
-def differences(old, new, rtol: float, key: str = ""):
-    """Yield a line for each number or identity in `old` (JSON) that is another in `new`."""
-    if isinstance(old, dict):
-        for name in old.keys() - {"args", "versions", "device", "processes"}:
-            there = new.get(name) if isinstance(new, dict) else None
-            yield from differences(old[name], there, rtol, f"{key}.{name}".strip("."))
-    elif isinstance(old, float) and isinstance(new, float):
-        if not math.isclose(old, new, rel_tol=rtol, abs_tol=rtol):
-            yield f"{key} was {old:.6g}, is {new:.6g}"
-    elif old != new:
-        yield f"{key} was {old}, is {new}"
-
-
-def run_again(args) -> dict:
-    """Measure once more what a JSON file of this script says; ValueError names what came out otherwise."""
-    if not Path(args.file).is_file():
-        raise FileNotFoundError(f"{args.file}: no such file; want the JSON that fid.py wrote (--out)")
-    try:
-        old = json.loads(Path(args.file).read_text())
-        before = argparse.Namespace(**old["args"])
-        before.out = args.out or str(Path(args.file).with_suffix(".again.json"))
-        run = {"gfid": run_gfid, "rfid": run_rfid, "nearest": run_nearest}[before.command]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{args.file}: no JSON of fid.py gfid, rfid or nearest ({error!r})") from error
-    result = run_command(before, run)
-    if result:
-        found = sorted(differences(old, json.loads(Path(before.out).read_text()), args.rtol))
-        if found:
-            raise ValueError(f"{args.file}: other numbers: " + "; ".join(found))
-        print(f"again: all numbers of {args.file} are the same (to {args.rtol:g}); wrote {before.out}")
-    return result
-
-
 def parse_args(argv=None):
-    """Parse the command line."""
-    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument_group("measuring").add_argument
-    add("--features", default="inception", help="inception, shapes (the embedded set's judge), a timm model: "
-        "vit_large_patch14_dinov2.lvd142m for FD-DINOv2")
-    add("--inception", default=None, help=f"local {INCEPTION_FILE}, or torch-fidelity's file; default: torch "
-        "hub's cache, to which it is fetched once")
-    add("--features-weights", default=None, help="local weights of the timm model; default: the hub's")
+    add("--features", default="inception", help="inception, shapes (the embedded judge) or a timm model")
+    add("--features-weights", default=None, help="local file; default: a cache, to which it is fetched once")
     add("--resize", default="tf1", choices=("tf1", "pytorch-fid"), help="to Inception's 299 px; tf1: ADM's")
-    add("--image-size", type=positive, default=None, help="pixels that folders are cropped to; default: as "
-        "the samples' npz, 32 beside 'shapes', else 256")
-    add("--split", default=None, choices=SPLITS, help="split of REF, DATA or TRAIN; default: by the folder's "
-        "name; 'shapes': val (of TRAIN: train)")
-    add("--batch-size", type=positive, default=64, help="images per forward and device")
-    add("--workers", type=natural, default=4, help="processes that read images, per device")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: the first there is")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add("--image-size", type=common.positive, default=None, help="pixels that folders are cropped to; "
+        "default: as in the npz of SAMPLES, for rfid what the VAE was trained on, else 256 ('shapes': 32)")
+    add("--batch-size", type=common.positive, default=64, help="images per forward and device")
+    add("--workers", type=common.natural, default=4, help="processes that read images, per device")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
+    parser = common.new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, text, out, parents=(shared,)):
-        sub = commands.add_parser(name, parents=parents, help=text, description=text, allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--out", default=out, required=out is None, help="file to write")
-        return sub.add_argument
+    how = {"parents": [shared], "allow_abbrev": False, "formatter_class": parser.formatter_class}
     images = "'shapes', folder, npz of images (arr_0, labels arr_1) or npy"
-    add = command("gfid", "Frechet distance of samples to a reference, and its kin", "out/gfid.json")
+    add = commands.add_parser("gfid", help="distances of samples to a reference", **how).add_argument
     add("reference", help=images + ", or npz of statistics")
-    add("samples", nargs="+", help=images + ", or npz of statistics; several make a table")
-    add = command("rfid", "Frechet distance, PSNR, SSIM, LPIPS of reconstructions to the originals",
-                  "out/rfid.json")
+    add("samples", nargs="+", help=images)
+    add("--train", default=None, help="training images: report copies of them, and draw them beside --out")
+    add("--out", default="out/gfid.json", help="JSON file to write")
+    add = commands.add_parser("rfid", help="reconstructions against their originals", **how).add_argument
     add("data", help=images)
     add("--vae", required=True, help="checkpoint, folder of checkpoints (newest), or hf://owner/repo/file")
-    add("--lpips-weights", default=None, help="torchvision's vgg16 file; default: torch hub's cache, else "
-        "timm's copy from the hub; with --features shapes: no LPIPS")
-    add("--no-lpips", action="store_true", help="leave LPIPS out")
-    add = command("stats", "write the statistics of a set of images, for use as a reference", None)
+    add("--lpips-weights", default=None, help="torchvision's vgg16 file; default: timm's copy from the hub")
+    add("--no-lpips", action="store_true", help="leave LPIPS out; so does --features shapes without weights")
+    add("--out", default="out/rfid.json", help="JSON file to write")
+    add = commands.add_parser("stats", help="write statistics, for use as REF", **how).add_argument
     add("data", help=images)
-    add = command("nearest", "training images nearest to samples: how many are too near, and a picture "
-                  "beside the JSON file", "out/nearest.json")
-    add("train", help=images)
-    add("samples", help=images)
-    add("--heldout", default=None, help=images + " that the model has not seen; default: 'val' beside a "
-        "folder 'train', the other split of 'shapes'")
-    add = command("again", "measure once more what a JSON file says, and compare the numbers", "", ())
-    add("file", help="JSON file that gfid, rfid or nearest wrote")
-    add("--rtol", type=float, default=1e-6, help="relative difference (absolute below 1) that is let pass")
+    add("--out", required=True, help="npz file to write")
     return parser.parse_args(argv)
 
 
-def run_command(args, run):
-    """Check the sources, load the network, run one command; returns what was measured."""
-    sources = [vars(args).get(key) for key in ("reference", "data", "train", "heldout", "samples")]
-    for source in np.hstack([source for source in sources if source]):
-        if source != "shapes" and not Path(source).exists():
+def main(argv=None):
+    args = parse_args(argv)
+    sources = [args.reference, args.train, *args.samples] if args.command == "gfid" else [args.data]
+    for source in sources:
+        if source not in ("shapes", None) and not Path(source).exists():
             raise FileNotFoundError(f"{source}: no such file or folder; want 'shapes', a folder, npz or npy")
     proc = common.setup(args.device)
-    torch.set_float32_matmul_precision("highest")  # TF32 has 10 bits of mantissa: the distances would move
+    # TF32 has 10 bits of mantissa: the distances would change.
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    weights = args.inception if args.features == "inception" else args.features_weights
-    if not proc.main:  # rank 0 fetches the weights, if they must be, for all
-        common.barrier()
-    extractor = load_extractor(args.features, weights, args.resize, proc.device)
-    if proc.main:
-        common.barrier()
-    return run(args, extractor, proc)
-
-
-def main(argv=None):
-    """Entry point of the command; returns what was measured."""
-    args = parse_args(argv)
-    if args.command == "again":
-        return run_again(args)
-    runs = {"gfid": run_gfid, "rfid": run_rfid, "stats": run_stats, "nearest": run_nearest}
-    return run_command(args, runs[args.command])
+    extractor = load_extractor(args.features, args.features_weights, args.resize, proc.device)
+    return {"gfid": run_gfid, "rfid": run_rfid, "stats": run_stats}[args.command](args, extractor, proc)
 
 
 if __name__ == "__main__":

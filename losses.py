@@ -1,22 +1,19 @@
-"""What an autoencoder is trained against: reconstruction, LPIPS, KL, and a PatchGAN discriminator.
+"""What the autoencoder is trained against: reconstruction, LPIPS, KL, and a PatchGAN.
 
-    terms = vae_loss(x, x_hat, posterior, lpips=LPIPS(None))      # terms["loss"] is the weighted sum
-    g_loss = generator_loss(discriminator(x_hat))                 # the training script adds it, weighted
-    d_loss = discriminator_loss(discriminator(x), discriminator(x_hat.detach()))
+    loss, terms = vae_loss(x, x_hat, posterior, lpips=LPIPS(None))     # rec + LPIPS + 1e-6 KL
+    g_loss = generator_loss(disc(x_hat))                               # the trainer adds it, weighted
+    d_loss = discriminator_loss(disc(x), disc(x_hat.detach()))
 
-Images are (B, 3, H, W) floats in [-1, 1]. Losses are computed in float32 (float64 stays) also under autocast.
+Images are (B, 3, H, W) floats in [-1, 1]. Losses are float32 (float64 stays), also under autocast.
 """
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import discriminator_state, fetch, load_strictly, read_file
-
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name; the digits begin the file's sha256
-LINEAR_HEADS = Path(__file__).parent / "assets" / "lpips_vgg_linear.pt"
+LINEAR_HEADS = Path(__file__).parent / "assets" / "lpips_vgg_linear.pt"  # 1,472 floats, BSD-2-Clause
 
 
 def at_least_float32(x):
@@ -41,9 +38,12 @@ class LPIPS(nn.Module):
             channels = self.features[tap - 1].out_channels
             head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
             self.add_module(f"lin{k}", nn.ModuleDict({"model": head}))
-        # ImageNet's mean and std for images in [-1, 1]: the only scaling, so [0, 1] images would be wrong
+        # ImageNet's mean and std. Inputs must be in [-1, 1]; this is the only normalisation.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+        if not LINEAR_HEADS.is_file():
+            raise FileNotFoundError(f"{LINEAR_HEADS}: no such file; LPIPS wants its linear heads beside "
+                                    f"losses.py, in assets/")
         heads = torch.load(LINEAR_HEADS, map_location="cpu", weights_only=True)
         self.load_state_dict({**self.features.state_dict(prefix="features."), **heads})
         self.requires_grad_(False)
@@ -91,7 +91,7 @@ def vgg16_trunk(weights):
             raise FileNotFoundError(
                 f"LPIPS needs VGG16, and timm/vgg16.tv_in1k is neither cached nor to be had from the hub "
                 f"({type(error).__name__}): download https://download.pytorch.org/models/{VGG_FILE} "
-                "elsewhere and give its path, or set the weight of LPIPS to 0") from error
+                "elsewhere and give its path, or leave LPIPS out (--lpips 0; fid.py: --no-lpips)") from error
     with torch.device("meta"):  # the whole network has 138 M parameters, the trunk 15 M
         trunk = timm.create_model("vgg16").features[:30]
     trunk = trunk.to_empty(device="cpu")
@@ -118,7 +118,8 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv:1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), each for an overlapping patch.
 
     Taming's NLayerDiscriminator with its keys main.N.*: n_layers convolutions of stride 2, one of stride 1,
-    and the output. BatchNorm takes one call's images: judge real and fake in two. 256 px: 30 x 30 logits.
+    and the output. 256 px give 30 x 30 logits. Its BatchNorm must not mix real and fake images: give them in
+    two calls, or convert it to common.GroupBatchNorm2d.
     """
 
     def __init__(self, ndf=64, n_layers=3, in_channels=3):
@@ -139,15 +140,6 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x):
         return self.main(x)
-
-
-def load_discriminator(path) -> PatchDiscriminator:
-    """Return the PatchGAN of REPA-E's *-discriminator-ckpt.pt, or inside a checkpoint of VAE training (ours,
-    REPA-E's, VA-VAE's, LDM's); path as in weights.py. Raises FileNotFoundError or ValueError."""
-    state = discriminator_state(read_file(fetch(path)), path)
-    model = PatchDiscriminator()
-    load_strictly(model, state, path, "PatchGAN with ActNorm, or of another width or depth")
-    return model
 
 
 def discriminator_loss(logits_real, logits_fake):
@@ -171,62 +163,28 @@ def adaptive_gan_weight(nll, g_loss, last_layer, max_weight=1e4, scale=1.0):
     """
     if not (torch.is_grad_enabled() and nll.requires_grad and g_loss.requires_grad):
         return torch.zeros((), device=last_layer.device)
-    norms = [at_least_float32(torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0]).norm()
-             / scale for loss in (nll, g_loss)]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, max_weight).detach()
+
+    def gradient_norm(loss):
+        gradient, = torch.autograd.grad(scale * loss, last_layer, retain_graph=True)
+        return at_least_float32(gradient).norm() / scale
+    ratio = gradient_norm(nll) / (gradient_norm(g_loss) + 1e-4)
+    return ratio.clamp(0.0, max_weight).detach()
 
 
-def vae_loss(x, x_hat, posterior, rec="l1", lpips=None, lpips_weight=1.0, kl_weight=1e-6):
-    """Return the terms of the autoencoder's loss before weighting, a dict of scalars, and their sum "loss".
+def vae_loss(x: Tensor, x_hat: Tensor, posterior, rec: str = "l1", lpips=None, lpips_weight: float = 1.0,
+             kl_weight: float = 1e-6) -> tuple[Tensor, dict]:
+    """Return (rec + lpips_weight * lpips + kl_weight * kl, the three terms before weighting), scalars.
 
     rec: mean over all elements of |x - x_hat| ("l1") or its square ("l2"); lpips: mean over the batch of
-    lpips(x, x_hat), 0 without one; kl: nats, summed over C, h, w, mean over the batch.
-    loss = rec + lpips_weight * lpips + kl_weight * kl, on REPA-E's scale (LDM sums rec over the pixels).
+    lpips(x, x_hat), 0 without one; kl: nats, summed over C, h, w, mean over the batch. The scale is that of
+    REPA-E (LDM sums rec over the pixels).
     """
     if rec not in ("l1", "l2"):
         raise ValueError(f"rec is {rec!r}, choose 'l1' or 'l2'")
     x, x_hat = at_least_float32(x), at_least_float32(x_hat)
     error = x - x_hat
-    terms = {"rec": (error.abs() if rec == "l1" else error.square()).mean(),
+    terms = {"rec": error.abs().mean() if rec == "l1" else error.square().mean(),
              "lpips": error.new_zeros(()) if lpips is None else lpips(x, x_hat).mean(),
              "kl": posterior.kl().mean()}
-    terms["loss"] = terms["rec"] + lpips_weight * terms["lpips"] + kl_weight * terms["kl"]
-    return terms
-
-
-class StepBatchNorm:
-    """Make the running statistics of BatchNorm layers a function of the global batch.
-
-    Every layer sees groups of a fixed number of images (mapper and discriminator split their input), so the
-    batch statistics do not depend on micro-batch or world size; this class averages those of one step over
-    groups and processes, and moves the running statistics once a step, as one big batch would.
-    """
-
-    def __init__(self, *modules: nn.Module):
-        self.layers = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.momentum = [m.momentum for m in self.layers]
-        for layer in self.layers:
-            layer.register_forward_pre_hook(self._count)
-
-    @staticmethod
-    def _count(layer, _inputs) -> None:
-        if layer.training:
-            layer.calls_in_step = getattr(layer, "calls_in_step", 0) + 1
-            layer.momentum = 1 / layer.calls_in_step  # running mean over the calls of this step
-
-    def begin(self) -> None:
-        """Call before the first forward of a step."""
-        self.before = [(m.running_mean.clone(), m.running_var.clone()) for m in self.layers]
-        for layer in self.layers:
-            layer.calls_in_step = 0
-
-    def end(self, skipped: Tensor) -> None:
-        """Call after the optimizer step; a skipped step leaves the statistics as they were."""
-        for layer, old, momentum in zip(self.layers, self.before, self.momentum):
-            if layer.calls_in_step == 0:
-                continue
-            for now, was in zip((layer.running_mean, layer.running_var), old):
-                if dist.is_initialized():
-                    dist.all_reduce(now)
-                    now /= dist.get_world_size()
-                now.copy_(torch.where(skipped, was, was.lerp(now, momentum)))
+    loss = terms["rec"] + lpips_weight * terms["lpips"] + kl_weight * terms["kl"]
+    return loss, terms

@@ -1,31 +1,39 @@
 #!/usr/bin/env bash
-# The whole pipeline on the embedded data set, on a fresh machine, CPU or GPU, without any download but the packages:
-# a VAE from scratch, fine-tuned with and without alignment for as many steps (Send-VAE is a fine-tune), latents,
-# a SiT on either, samples, probe, Frechet distance, report.
-#   ./quickstart.sh                               # writes out/quickstart/ ; run it again to continue after a stop
-#   SEED=1 OUT=out/quickstart1 ./quickstart.sh    # another seed
+# The whole pipeline on the embedded data set, on a fresh machine, CPU or GPU. Nothing is downloaded but packages.
+# A VAE is trained from scratch, then fine-tuned with and without alignment for as many steps (Send-VAE is a
+# fine-tune). For both: latents, a SiT, samples, Frechet distance, probe. In the end: a report.
+#   ./quickstart.sh                          # writes out/quickstart/; the same command continues after a stop
+#   SEED=1 ./quickstart.sh out/quickstart1   # another seed, into another folder
 set -euo pipefail
 cd "$(dirname "$0")"
-OUT="${OUT:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
+case "${1:-}" in -*) echo "usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] ./quickstart.sh [DIR]" >&2; exit 2;; esac
+OUT="${1:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
 PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-3200}"
 SAMPLES="${SAMPLES:-1000}"
 
-if [ -z "${PYTHON:-}" ]; then
+check_version() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' > /dev/null ||
+    { echo "error: Python 3.11 or newer is needed, and $1 is not" >&2; exit 2; }
+}
+if [ -n "${PYTHON:-}" ]; then  # an interpreter that has the packages already
+  check_version "$PYTHON"
+else
   PYTHON=.venv/bin/python
-  [ -x "$PYTHON" ] || python3 -m venv .venv
+  [ -x "$PYTHON" ] || { check_version python3; python3 -m venv .venv; }
+  check_version "$PYTHON"
   echo "installing requirements.txt into .venv (about a minute the first time, then nothing is left to do)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 mkdir -p "$OUT"
 settings="SEED=$SEED PRETRAIN_STEPS=$PRETRAIN_STEPS VAE_STEPS=$VAE_STEPS SIT_STEPS=$SIT_STEPS SAMPLES=$SAMPLES"
 if [ -f "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$settings" ]; then
-  echo "error: $OUT was made with $(cat "$OUT/settings.txt"), this run has $settings; choose another OUT" >&2
+  echo "error: $OUT was made with $(cat "$OUT/settings.txt"), this run has $settings; give another folder" >&2
   exit 2
 fi
 echo "$settings" > "$OUT/settings.txt"
 begin=$SECONDS
 
-# stage NAME COMMAND...: run it once, say on fd 3 how long it took; a finished one is not run again.
+# stage NAME COMMAND...: run the command and say on fd 3 how long it took. A finished stage is not run again.
 stage() {
   local name="$1" start=$SECONDS; shift
   if grep -qsxF "$name $*" "$OUT/done.txt"; then echo "== $name: done before" >&3; return; fi
@@ -43,22 +51,24 @@ sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --
   --t-sampling lognormal --sample-every 0 --save-every 1000 --val-every 400
   --workers 0"
 
-# arm KIND: everything that is done with one of the two VAEs.
+# arm plain|send: everything that is done with one of the two VAEs.
 arm() {
-  trap 'exit 143' TERM  # as below
+  trap 'exit 143' TERM  # see below
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
-  local kind="$1" dir="$OUT/$1" align="--align 0"
-  # Noise before the mapper costs at this scale (README, "What it reaches"); the default of train_vae.py is on.
-  if [ "$kind" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
-  stage "$kind-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1500 \
+  local cfg name="$1" dir="$OUT/$1" align="--align 0"
+  # Noise before the mapper costs more than it gives at this scale (docs/results.md). train_vae.py's default: on.
+  if [ "$name" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
+  stage "$name-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1500 \
     $run --out "$dir/vae"
-  stage "$kind-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
-  stage "$kind-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
-  stage "$kind-val"     encode.py --data shapes --split val --vae "$dir/vae" --device "$DEVICE" --out "$dir/val"
-  stage "$kind-sit"     train_sit.py --latents "$dir/latents" --val-latents "$dir/val" $sit $run --out "$dir/sit"
-  stage "$kind-sample"  sample.py --ckpt "$dir/sit" --sweep-cfg 1 2 --sampler euler --steps 50 --num "$SAMPLES" \
-    --batch-size 250 --npz $run --out "$dir/samples"
-  stage "$kind-fid"     fid.py gfid shapes "$dir/samples/cfg1/samples.npz" "$dir/samples/cfg2/samples.npz" \
+  stage "$name-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
+  stage "$name-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
+  stage "$name-val"     encode.py --data shapes --split val --vae "$dir/vae" --device "$DEVICE" --out "$dir/val"
+  stage "$name-sit"     train_sit.py --latents "$dir/latents" --val-latents "$dir/val" $sit $run --out "$dir/sit"
+  for cfg in 1 2; do
+    stage "$name-sample$cfg" sample.py --ckpt "$dir/sit" --cfg "$cfg" --sampler euler --steps 50 --num "$SAMPLES" \
+      --batch-size 250 --npz $run --out "$dir/samples/cfg$cfg"
+  done
+  stage "$name-fid"     fid.py gfid shapes "$dir/samples/cfg1/samples.npz" "$dir/samples/cfg2/samples.npz" \
     --features shapes --device "$DEVICE" --out "$dir/gfid.json"
 }
 
@@ -66,19 +76,19 @@ exec 3>&1
 trap 'exit 130' INT  # a trainer that has saved on Ctrl-C exits 0, but its stage is not done
 trap 'exit 143' TERM
 stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS" $run --out "$OUT/pretrained"
-# The two go side by side, each on half of the cores: networks this small gain little from a second thread.
+# The two arms run side by side, each on half of the cores: networks this small gain little from a second thread.
 echo "== plain and Send-VAE side by side; this shows Send-VAE, the plain one writes to $OUT/plain.log"
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-set -m  # process groups of their own, so that a stop of this script reaches all of each
+set -m  # each arm gets a process group, so that a stop of this script reaches all of its processes
 arm plain > "$OUT/plain.log" 2>&1 & plain=$!
 arm send & send=$!
 set +m
 trap 'kill -- "-$plain" "-$send" 2>/dev/null || true; wait; echo "stopped; the same command continues" >&2' EXIT
-wait "$send"  # in the background and waited for: a signal interrupts wait, but never a foreground command
+wait "$send"  # both are in the background because a signal interrupts wait, but never a foreground command
 wait "$plain" || { echo "error: the plain VAE failed; the end of $OUT/plain.log:" >&2
                    tail -n 5 "$OUT/plain.log" >&2; exit 1; }
 trap - EXIT
 stage probe  probe.py --data shapes --vae "$OUT/plain/vae" "$OUT/send/vae" --device "$DEVICE" \
-  --cache "$OUT/probe_cache" --out "$OUT/probe.json"
-"$PYTHON" quickstart.py "$OUT"
+  --out "$OUT/probe.json"
+"$PYTHON" -m shapes.report "$OUT"
 echo "quickstart: $((SECONDS - begin)) s in this run; report: $OUT/report.md"

@@ -4,433 +4,507 @@
     python train_vae.py --data DIR --batch-size 32 --steps 1000  # one device, your own pictures
     python train_vae.py --data shapes --vae tiny --init none --teacher shapes --lpips 0 --gan 0  # no download
 
-Running the same command again continues from the newest checkpoint in --out; the continued run is bit-equal
-to an uninterrupted one on a CPU. Each step takes the same optimisation step on any number of processes.
-Loss (eq. 3 of arXiv:2601.05823): L1 + LPIPS + 0.1 GAN + 1e-6 KL + 1.0 alignment; `--align 0` is a plain
-KL-VAE.
+The same command again continues from the newest checkpoint in --out; on a CPU the continued run is bit-equal
+to an uninterrupted one. A step is the same on any number of processes.
+Read: SendVAE (the method), loss_terms (eq. 3 of arXiv:2601.05823), train_step, main.
 """
-import argparse
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
+from torch.optim import AdamW
 
+import checkpoints
 import common
 import data
-import logs
-import weights
 from common import natural, positive
-from losses import (LPIPS, PatchDiscriminator, StepBatchNorm, adaptive_gan_weight, discriminator_loss,
-                    generator_loss, load_discriminator, vae_loss)
+from losses import (LPIPS, PatchDiscriminator, adaptive_gan_weight, discriminator_loss, generator_loss,
+                    vae_loss)
 from mapper import Mapper, MapperConfig, Teacher, alignment_loss
-from vae import VAE, VAE_SIZES, Posterior, load_vae
+from vae import VAE, VAE_SIZES
 
-FORMAT = "nanosendvae-vae"
 PUBLISHED_INIT = "hf://hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-f16d32-dinov2.pt"
-MAPPER_PATCH = {"f16d32": 1, "f8d4": 2, "tiny": 1}  # mapper tokens = teacher tokens (16 x 16 at 256 px)
-EVAL_IMAGES = 64
+# The mapper has as many tokens as the teacher: 16 x 16 at 256 px.
+MAPPER_PATCH = {"f16d32": 1, "f8d4": 2, "tiny": 1}
+EVAL_IMAGES = 64  # reconstructed for PSNR while training
 
+
+# -----------------------------------------------------------------------------------------------------------
+# the method
+
+class SendVAE(nn.Module):
+    """The method's trained part: autoencoder and mapper in one forward, so that one DDP wrapper sees both."""
+
+    def __init__(self, vae: VAE, mapper: Mapper | None):  # without a mapper: a plain KL-VAE
+        super().__init__()
+        self.vae, self.mapper = vae, mapper
+
+    def forward(self, x, eps_z, t, eps):
+        """x (B, 3, H, W); eps_z, eps (B, C, h, w) noise; t (B,) -> (x_hat, posterior, tokens or None)."""
+        x_hat, z, posterior = self.vae(x, eps_z)                          # z = mean + std * eps_z
+        tokens = None if self.mapper is None else self.mapper(z, t, eps)  # h(z_t): eq. 1 is in there
+        return x_hat, posterior, tokens
+
+
+@dataclass
+class Networks:
+    """What is trained, what judges it, and the optimizers; *_ddp are the same modules, wrapped for DDP."""
+    device: torch.device
+    dtype: torch.dtype        # of autocast
+    send: SendVAE = None      # trained
+    send_ddp: nn.Module = None
+    disc: PatchDiscriminator = None  # trained against it; None: no GAN
+    disc_ddp: nn.Module = None
+    teacher: Teacher = None   # frozen; None: no alignment
+    lpips: LPIPS = None       # frozen
+    opt: AdamW = None
+    opt_disc: AdamW = None
+    scaler: GradScaler = None  # fp16 alone needs them
+    scaler_disc: GradScaler = None
+
+
+def loss_terms(nets, x, rows, step, args):
+    """Eq. 3: L = L_rec + LPIPS + w_gan L_gan + w_kl KL + w_align L_align, for images x (B, 3, H, W).
+
+    rows: where these images are in the global batch; all draws are functions of (seed, step, row).
+    Returns (L, x_hat, the terms before weighting).
+    """
+    vae = nets.send.vae
+    latent_shape = (vae.config.z_channels, x.shape[2] // vae.stride, x.shape[3] // vae.stride)
+    # One call makes both noises: eps_z draws z from the posterior, eps turns z into z_t.
+    noise = common.noise_for((2, *latent_shape), rows, nets.device, args.seed, "vae", step)
+    t = common.uniform_for(1, rows, nets.device, args.seed, "t", step)[:, 0]
+    eps_z, eps = noise[:, 0], noise[:, 1]
+
+    # Networks run in bf16 where the hardware has it; the losses below are fp32.
+    with common.autocast(nets.device, nets.dtype):
+        target = None if nets.teacher is None else nets.teacher(x)     # f(x)
+        x_hat, posterior, tokens = nets.send_ddp(x, eps_z, t, eps)
+
+    # L_rec + LPIPS + w_kl KL
+    loss, terms = vae_loss(x, x_hat, posterior, args.rec, nets.lpips, args.lpips, args.kl)
+
+    # w_gan L_gan: the discriminator joins after its own warm-up
+    if nets.disc is not None and step >= args.disc_start + args.disc_warmup:
+        terms["gan"], weight = gan_term(nets, x_hat), args.gan
+        if args.gan_adaptive:
+            # By the gradients of this micro-batch: here the step does depend on how a batch is cut.
+            terms["gan_weight"] = gan_weight(nets, loss, terms["gan"])
+            weight = weight * terms["gan_weight"]
+        loss = loss + weight * terms["gan"]
+
+    # w_align L_align: eq. 2
+    if tokens is not None:
+        terms["align"] = alignment_loss(tokens, target)
+        loss = loss + args.align * terms["align"]
+
+    terms["loss"] = loss
+    return loss, x_hat, terms
+
+
+def gan_term(nets, x_hat):
+    """L_gan: minus the mean logit of the reconstructions."""
+    # The gradient passes through the discriminator; none stays in its parameters.
+    nets.disc.requires_grad_(False)
+    with common.autocast(nets.device, nets.dtype):
+        logits = nets.disc(x_hat)
+    nets.disc.requires_grad_(True)
+    return generator_loss(logits)
+
+
+def gan_weight(nets, loss, gan):
+    """VQGAN's adaptive weight: the ratio of both gradients at the decoder's last layer."""
+    # Gradients of a mean over pixels are so small that fp16 would round them to 0.
+    scale = 2.0**10 if nets.dtype == torch.float16 else 1.0
+    return adaptive_gan_weight(loss, gan, nets.send.vae.decoder.conv_out.weight, scale=scale)
+
+
+def disc_terms(nets, x, x_hat):
+    """Hinge loss of the discriminator on the same reconstructions; returns (loss, terms)."""
+    with common.autocast(nets.device, nets.dtype):
+        # One forward for DDP. GroupBatchNorm2d keeps real and fake images apart.
+        real, fake = nets.disc_ddp(torch.cat([x, x_hat.detach().to(x.dtype)])).float().chunk(2)
+    loss = discriminator_loss(real, fake)
+    # Near 1/2 the GAN is in balance; at 1 the discriminator has won, and its gradient says little.
+    accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    return loss, {
+        "disc": loss,
+        "disc_real": real.mean(),
+        "disc_fake": fake.mean(),
+        "disc_accuracy": accuracy,
+    }
+
+
+def train_step(nets, batches, step, args, num_steps):
+    """One optimisation step of VAE and mapper, then of the discriminator, on the micro-batches of a step.
+
+    step counts from 0. Returns (terms to log, a dict for each micro-batch and one for the step; whether the
+    step was skipped, a bool tensor on the device).
+    """
+    all_terms = []
+    use_disc = nets.disc is not None and step >= args.disc_start
+    for i, batch in enumerate(batches):
+        # Gradients add up over micro-batches; DDP averages them over processes after the last one.
+        last = i == len(batches) - 1
+        x = data.to_float(batch["images"].to(nets.device, non_blocking=True))
+        # 1. Autoencoder and mapper.
+        with common.reducing(nets.send_ddp, last):
+            loss, x_hat, terms = loss_terms(nets, x, batch["rows"].tolist(), step, args)
+            common.backward(loss / len(batches), nets.scaler)
+        # 2. Discriminator, on the same reconstructions.
+        if use_disc:
+            with common.reducing(nets.disc_ddp, last):
+                loss, more = disc_terms(nets, x, x_hat)
+                common.backward(loss / len(batches), nets.scaler_disc)
+            terms |= more
+        all_terms.append(terms)
+
+    # 3. Both optimizers. A gradient that is not finite changes nothing; deciding that takes no host sync.
+    lr = common.learning_rate(step, args.lr, args.warmup, args.cooldown, num_steps)
+    norm, skipped = common.optimizer_step(nets.opt, lr, args.grad_clip, nets.scaler)
+    common.update_batch_norms(nets.send, skipped)
+    summary = {"grad_norm": norm, "lr": lr, "skipped_steps": skipped}
+    if use_disc:
+        lr = common.learning_rate(step, args.disc_lr, args.warmup, args.cooldown, num_steps)
+        norm, bad = common.optimizer_step(nets.opt_disc, lr, args.grad_clip, nets.scaler_disc)
+        # Its statistics have seen the reconstructions: those of a bad VAE step do not count either.
+        skipped = skipped | bad
+        common.update_batch_norms(nets.disc, skipped)
+        summary["grad_norm_disc"] = norm
+    return [*all_terms, summary], skipped
+
+
+# -----------------------------------------------------------------------------------------------------------
+# a run
 
 def parse_args(argv=None):
-    """Parse the command line; the defaults are the paper's fine-tune."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.new_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data", default=data.DEFAULT_DATA,
         help="folder of class folders, flat folder, or 'shapes' (embedded set)")
     add("--val", default=None,
         help="folder of held-out images; default: the folder 'val' beside 'train', if any")
-    add("--image-size", type=positive, default=None, help="pixels; default 256, or 32 for 'shapes'")
-    add("--workers", type=natural, default=8, help="processes that read images, per device")
+    add("--image-size", type=positive, default=None,
+        help="pixels; default 256, or 32 for 'shapes'")
+    add("--workers", type=natural, default=8,
+        help="processes that read images, per device")
     add = parser.add_argument_group("model").add_argument
-    add("--vae", default="f16d32", choices=tuple(VAE_SIZES), help="architecture; must fit --init")
-    add("--init", default=PUBLISHED_INIT,
+    add("--vae", default="f16d32", choices=tuple(VAE_SIZES),
+        help="architecture; must fit --init")
+    add("--init", default=PUBLISHED_INIT,  # the paper fine-tunes VA-VAE
         help="start weights: file, folder (ours, diffusers'), hf://owner/repo/file, or 'none' (from scratch)")
-    add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
-    add("--teacher-weights", default=None, help="local file instead of the hub")
+    # The size of DINOv2 is not in the paper; B is REPA-E's.
+    add("--teacher", default="vit_base_patch14_dinov2.lvd142m",
+        help="timm model, or 'shapes'")
+    add("--teacher-weights", default=None,
+        help="local file instead of the hub")
     add("--mapper", default="vit", choices=("vit", "linear"),
         help="linear: one convolution, no noise (as VA-VAE)")
-    add("--mapper-depth", type=natural, default=1, help="ViT blocks; 0 = patch embedding and MLP only")
-    add("--projector-dim", type=positive, default=2048, help="hidden width of the mapper's MLP")
-    add("--mapper-noise", default="on", choices=("on", "off"), help="noise the latent before the mapper")
-    add("--mapper-norm", default="on", choices=("on", "off"),
+    add("--mapper-depth", type=natural, default=1,  # the paper, Table 2
+        help="ViT blocks; 0 = patch embedding and MLP only")
+    add("--projector-dim", type=positive, default=2048,  # as REPA's projector
+        help="hidden width of the mapper's MLP")
+    add("--mapper-noise", default="on", choices=("on", "off"),  # the paper, Table 3
+        help="noise the latent before the mapper")
+    add("--mapper-norm", default="on", choices=("on", "off"),  # not in the paper; REPA-E has it
         help="BatchNorm of the latent before noise and (vit) mapper, as REPA-E; off: eq. 1 on the raw latent")
     add = parser.add_argument_group("loss (weights; 0 = off)").add_argument
-    add("--align", type=float, default=1.0, help="alignment, mean(1 - cos)")
-    add("--rec", default="l1", choices=("l1", "l2"), help="reconstruction, mean over elements")
-    add("--lpips", type=float, default=1.0, help="LPIPS (VGG16)")
-    add("--lpips-weights", default=None, help="local torchvision VGG16 file instead of the hub")
-    add("--kl", type=float, default=1e-6, help="KL, nats summed over the latent, mean over images")
-    add("--gan", type=float, default=0.1, help="hinge PatchGAN, weight in the VAE loss")
+    add("--align", type=float, default=1.0,  # the paper; REPA-E has 1.5
+        help="alignment, mean(1 - cos); 0: a plain KL-VAE")
+    # The paper says MSE; REPA-E, whose set-up it uses, has L1.
+    add("--rec", default="l1", choices=("l1", "l2"),
+        help="reconstruction, mean over elements")
+    add("--lpips", type=float, default=1.0,  # this and the next two weights are REPA-E's; the paper has none
+        help="LPIPS (VGG16)")
+    add("--lpips-weights", default=None,
+        help="local torchvision VGG16 file instead of the hub")
+    add("--kl", type=float, default=1e-6,
+        help="KL, nats summed over the latent, mean over images")
+    add("--gan", type=float, default=0.1,
+        help="hinge PatchGAN, weight in the VAE loss")
     add("--gan-adaptive", action="store_true",
         help="scale --gan by the gradient ratio at the last layer (as VQGAN), per micro-batch")
     add("--disc-init", default="none",
         help="discriminator to start from: file or hf://owner/repo/file, or 'none' (from scratch)")
-    add("--disc-start", type=natural, default=0, help="step at which the discriminator begins to train")
-    add("--disc-warmup", type=natural, default=0, help="further steps before it enters the VAE loss")
+    add("--disc-start", type=natural, default=0,  # REPA-E; VQGAN and VA-VAE start later
+        help="step at which the discriminator begins to train")
+    add("--disc-warmup", type=natural, default=0,
+        help="further steps before it enters the VAE loss")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=positive, default=1024, help="images per step over all devices")
-    add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
-    add("--epochs", type=float, default=80, help="passes over the data (ignored with --steps)")
-    add("--steps", type=natural, default=0, help="optimisation steps; 0 = from --epochs")
-    add("--lr", type=float, default=3e-4, help="AdamW learning rate, as typed")
-    add("--disc-lr", type=float, default=1e-4, help="AdamW learning rate of the discriminator")
-    add("--warmup", type=natural, default=0, help="steps over which lr rises from 0")
-    add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
-    add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
-    add("--bn-group", type=positive, default=32, help="images per BatchNorm call in mapper and discriminator")
-    add("--compile", action="store_true", help="torch.compile encoder, decoder and teacher")
-    add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
-    add = parser.add_argument_group("logging").add_argument
-    add("--log-every", type=positive, default=50, help="steps")
+    add("--batch-size", type=positive, default=1024,  # the paper
+        help="images per step over all devices")
+    add("--epochs", type=float, default=80,  # the paper
+        help="passes over the data (ignored with --steps)")
+    add("--lr", type=float, default=3e-4,  # the paper, constant
+        help="AdamW learning rate, as typed")
+    add("--disc-lr", type=float, default=1e-4,  # REPA-E; not in the paper
+        help="AdamW learning rate of the discriminator")
+    add("--bn-group", type=positive, default=32,
+        help="images per BatchNorm call in mapper and discriminator")
+    common.add_training_flags(parser, log_every=50, save_every=5000)
+    add = parser.add_argument_group("looking").add_argument
     add("--eval-every", type=natural, default=1000,
         help="steps between evaluations with a picture; 0 = at the end only")
-    add("--save-every", type=positive, default=5000, help="steps between checkpoints")
-    add("--keep", type=positive, default=2, help="newest checkpoints kept")
-    add("--stop-after-bad", type=positive, default=100, help="stop after so many non-finite steps in a row")
-    add("--tensorboard", action="store_true", help="also log there (needs the package tensorboard)")
-    add("--wandb", default=None, metavar="PROJECT", help="also log there (needs the package wandb)")
-    add("--dry-run", action="store_true", help="print configuration, sizes, batches and memory, then leave")
     common.add_run_flags(parser, out="out/vae")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.image_size = args.image_size or data.default_size(args.data)
+    args.bn_group = min(args.bn_group, args.batch_size)  # a smaller batch is one group
+    return args
 
 
-class Trainee(nn.Module):
-    """VAE and mapper in one forward, so that one DDP wrapper sees all their parameters."""
+def build(args, proc, saved=None) -> Networks:
+    """Make all networks and optimizers on proc's device.
 
-    def __init__(self, vae: VAE, mapper: Mapper | None):
-        super().__init__()
-        self.vae, self.mapper = vae, mapper
-
-    def forward(self, x, eps_z, t, eps):
-        """x (B, 3, H, W) -> reconstruction, posterior, predicted teacher tokens (None without a mapper)."""
-        posterior = self.vae.encode(x)
-        z = posterior.sample(eps=eps_z)
-        pred = None if self.mapper is None else self.mapper(z, t, eps)
-        return self.vae.decode(z), posterior.mean, posterior.logvar, pred
-
-
-class Critic(nn.Module):
-    """The discriminator on real and fake in one forward (for DDP), in groups of `bn_group` images."""
-
-    def __init__(self, discriminator: PatchDiscriminator, bn_group: int):
-        super().__init__()
-        self.discriminator, self.bn_group = discriminator, bn_group
-
-    def judge(self, x):
-        """Logits of images x; BatchNorm sees `bn_group` images at a time, real and fake apart."""
-        return torch.cat([self.discriminator(group) for group in x.split(self.bn_group)])
-
-    def forward(self, real, fake):
-        return self.judge(real), self.judge(fake)
-
-
-def build(args, image_size, checkpoint=None):
-    """Return (vae, mapper or None, teacher or None, lpips or None, critic or None), on the CPU.
-
-    checkpoint: of the run that is continued; it holds all that --init and --disc-init began with.
+    saved: checkpoint of the run that is continued. It holds all that --init and --disc-init began with, so
+    those files are not needed any more. Raises ValueError where flags and files do not fit together.
     """
-    init, disc_init = (args.init, args.disc_init) if checkpoint is None else (checkpoint, "none")
-    vae = VAE(VAE_SIZES[args.vae]) if init == "none" else load_vae(weights.resolve(init))
+    nets = Networks(proc.device, common.resolve_dtype(args.dtype, proc.device))
+    vae = build_vae(args, saved)
+    nets.teacher, mapper = build_alignment(args, vae)
+    nets.send = SendVAE(vae, mapper).train()
+    nets.lpips = LPIPS(args.lpips_weights) if args.lpips > 0 else None
+    nets.disc = build_disc(args, saved)
+
+    for module in (nets.send, nets.disc, nets.lpips, nets.teacher):
+        if module is None:
+            continue
+        # However a batch is cut, BatchNorm in what is trained sees groups of this many images.
+        if module in (nets.send, nets.disc):
+            common.GroupBatchNorm2d.convert(module, args.bn_group)
+        module.to(proc.device)
+        # cuDNN's bf16 convolutions want NHWC. The teacher is a transformer: it has one convolution.
+        if proc.device.type == "cuda" and module is not nets.teacher:
+            module.to(memory_format=torch.channels_last)
+    # LPIPS and the discriminator stay eager: their share of the step is small.
+    if args.compile:
+        common.compile_modules(vae.encoder, vae.decoder, nets.teacher)
+
+    nets.send_ddp = common.distribute(nets.send, proc)
+    nets.opt = common.adamw(nets.send.parameters(), args.lr)
+    if nets.disc is not None:
+        nets.disc_ddp = common.distribute(nets.disc, proc)
+        nets.opt_disc = common.adamw(nets.disc.parameters(), args.disc_lr)
+    if nets.dtype == torch.float16:
+        # One an optimizer: a step of one may overflow where the other's does not.
+        nets.scaler = GradScaler(proc.device.type)
+        nets.scaler_disc = GradScaler(proc.device.type)
+    return nets
+
+
+def build_vae(args, saved) -> VAE:
+    """Return the autoencoder: of the run that is continued, of --init, or with random weights.
+
+    Raises ValueError if it is not --vae, or if its stride does not tile --image-size.
+    """
+    if saved is not None:
+        source, vae = saved["path"], checkpoints.load_vae(saved["path"])
+    elif args.init != "none":
+        source, vae = f"--init {args.init}", checkpoints.load_vae(args.init)
+    else:
+        source, vae = "--init none", VAE(VAE_SIZES[args.vae])
+    # A published file says by its shapes which size it is; the mapper's patch goes by the name.
     if vae.config.network != VAE_SIZES[args.vae].network:
-        held = vae.config.z_channels, vae.stride
-        name = next((f"{k}: give --vae {k}" for k, v in VAE_SIZES.items() if v.network == vae.config.network),
-                    f"a VAE of {held[0]} channels at 1/{held[1]}, which --vae has no name for")
-        raise ValueError(f"--vae asks for {args.vae}, {'' if checkpoint else '--init '}{init} holds {name}")
-    patch = MAPPER_PATCH[args.vae] if args.align > 0 else 1
-    if image_size % (vae.stride * patch):
-        raise ValueError(f"--image-size {image_size} is not a multiple of {vae.stride * patch}: the VAE's "
-                         f"stride {vae.stride} x the mapper's patch {patch}")
+        fitting = [name for name, size in VAE_SIZES.items() if size.network == vae.config.network]
+        advice = f"give --vae {fitting[0]}" if fitting else "--vae has no name for it"
+        raise ValueError(f"{source} holds a VAE of {vae.config.z_channels} channels at 1/{vae.stride}, "
+                         f"--vae {args.vae} is another one; {advice}")
+    # A row of pixels that fills no token would be dropped without a word.
+    multiple = vae.stride * (MAPPER_PATCH[args.vae] if args.align > 0 else 1)
+    if args.image_size % multiple:
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of {multiple}, the VAE's stride "
+                         f"x the mapper's patch")
     vae.checkpointing = args.checkpointing
-    mapper = teacher = None
-    if args.align > 0:
-        grid = image_size // vae.stride // patch
-        teacher = Teacher(args.teacher, grid, args.teacher_weights)
-        mapper = Mapper(MapperConfig(
-            z_channels=vae.config.z_channels, grid=grid, out_dim=teacher.dim, patch_size=patch,
-            kind=args.mapper, depth=args.mapper_depth, projector_dim=args.projector_dim,
-            noise=args.mapper_noise == "on", norm=args.mapper_norm == "on", bn_group=args.bn_group))
-    lpips = LPIPS(args.lpips_weights) if args.lpips > 0 else None
-    if args.disc_init != "none" and args.gan == 0:
-        raise ValueError("--disc-init: --gan 0 trains without a discriminator; leave one of them out")
-    critic = None
+    return vae
+
+
+def build_alignment(args, vae):
+    """Return (teacher, mapper), which meet on a grid of tokens; (None, None) for --align 0."""
+    if args.align == 0:
+        return None, None
+    patch = MAPPER_PATCH[args.vae]
+    grid = args.image_size // vae.stride // patch
+    teacher = Teacher(args.teacher, grid, args.teacher_weights)
+    mapper = Mapper(MapperConfig(
+        z_channels=vae.config.z_channels,
+        grid=grid,
+        out_dim=teacher.dim,
+        patch_size=patch,
+        kind=args.mapper,
+        depth=args.mapper_depth,
+        projector_dim=args.projector_dim,
+        noise=args.mapper_noise == "on",
+        norm=args.mapper_norm == "on"))
+    return teacher, mapper
+
+
+def build_disc(args, saved):
+    """Return the discriminator, None for --gan 0; `unpack` fills that of a run that is continued."""
     if args.gan > 0:
-        disc = PatchDiscriminator() if disc_init == "none" else load_discriminator(disc_init)
-        critic = Critic(disc, args.bn_group)
-    return vae.train(), mapper, teacher, lpips, critic
+        from_file = args.disc_init != "none" and saved is None
+        disc = checkpoints.load_discriminator(args.disc_init) if from_file else PatchDiscriminator()
+        return disc.train()
+    if args.disc_init != "none":
+        raise ValueError("--disc-init: --gan 0 trains without a discriminator; leave one of them out")
+    return None
 
 
-def describe(args, dataset, modules, micro, accum, proc, steps):
-    """Print the resolved configuration, parameter counts, batch arithmetic and the memory to expect."""
-    vae, mapper, teacher, lpips, critic = modules
-    common.print0("configuration: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
-    trained = 0
-    for name, module in (("vae", vae), ("mapper", mapper), ("discriminator", critic),
-                         ("teacher (frozen)", teacher), ("lpips (frozen)", lpips)):
-        if module is not None:
-            count = sum(p.numel() for p in module.parameters())
-            trained += 0 if "frozen" in name else count
-            common.print0(f"parameters: {name} {count:,}")
-    per_epoch = len(dataset) // args.batch_size
-    common.print0(f"data: {len(dataset):,} images, {dataset.num_classes} classes, {args.image_size} px")
-    common.print0(f"precision: {common.resolve_dtype(args.dtype, proc.device)} autocast, float32 weights "
-                  f"and losses; device: {proc.device}")
-    common.print0(f"batch: {args.batch_size} global = {proc.world} processes x {accum} micro-batches x "
-                  f"{micro}; lr {args.lr:g} as typed; {per_epoch} steps/epoch, {steps:,} steps = "
-                  f"{steps / max(per_epoch, 1):.1f} epochs = {steps * args.batch_size:,} images")
-    with torch.device("meta"):
-        shadow = VAE(vae.config)
-    x = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
-    saved = common.saved_bytes(lambda: shadow.decode(shadow.encode(x).mode()))
-    common.print0(f"memory: about {(16 * trained + micro * saved) / 2**30:.1f} GiB per device in fp32 "
-                  f"(weights, gradients, AdamW; {saved / 2**20:.0f} MiB of VAE activations an image), about "
-                  f"half the activations under bf16; "
-                  f"teacher, LPIPS and discriminator activations come on top")
-
-
-def train(args, proc):
-    """Train to args.steps; return the folder of checkpoints."""
-    dataset = data.open_dataset(args.data, args.image_size)
-    micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
-    has_norms = args.gan > 0 or args.align > 0 and args.mapper == "vit" and args.mapper_norm == "on"
-    if has_norms and micro % args.bn_group and (micro < args.batch_size or micro > args.bn_group):
+def check_groups(args, micro: int) -> None:
+    """Raise ValueError if a BatchNorm group would span two micro-batches: the step would depend on them."""
+    mapper_norm = args.align > 0 and args.mapper == "vit" and args.mapper_norm == "on"
+    if (args.gan > 0 or mapper_norm) and micro % args.bn_group:
         raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step "
                          f"would depend on how the batch is cut; try --bn-group "
                          f"{math.gcd(micro, args.bn_group)}")
-    steps = common.plan_steps(args.steps, args.epochs, len(dataset), args.batch_size)
-    torch.manual_seed(args.seed)  # initialisation only; the steps draw from (seed, step, row)
-    found = common.latest_checkpoint(args.out, FORMAT)
-    modules = build(args, args.image_size, found and str(found[0]))
-    describe(args, dataset, modules, micro, accum, proc, steps)
-    if args.dry_run:
-        return None
-    run = Run(args, proc, modules, steps)
-    if found is not None:
-        run.resume(*found)
-    del found  # its tensors have been copied
-    loader = data.make_loader(dataset, args.batch_size, proc.rank, proc.world, micro, args.seed, run.step,
-                              steps, args.workers if proc.device.type != "mps" else 0)
-    val_set = data.open_dataset(args.data, args.image_size, split="val", val=args.val)
-    run.loop(loader, accum, val_set or dataset, "validation" if val_set is not None else "training")
-    return args.out
 
 
-def latent_summary(z):
-    """Collapse detector of latents z (B, C, h, w): spread of the channels, effective rank (exp of the
+def state_of(module):
+    """Return the state dict of a module, optimizer or scaler; None of None."""
+    return None if module is None else module.state_dict()
+
+
+def pack(nets, step, args) -> dict:
+    """Return everything that a run needs to continue, as a plain dict with unwrapped names."""
+    vae, mapper = nets.send.vae, nets.send.mapper
+    return {
+        "format": checkpoints.VAE,
+        "step": step,
+        "images_seen": step * args.batch_size,
+        # The VAE itself: encode.py needs nothing else.
+        "model": vae.state_dict(),
+        "ema": None,  # readers take an average where there is one; this trainer keeps none
+        "model_config": asdict(vae.config),
+        # What the run needs beside it.
+        "mapper": state_of(mapper),
+        "mapper_config": None if mapper is None else asdict(mapper.config),
+        "teacher": None if mapper is None else args.teacher,
+        "discriminator": state_of(nets.disc),
+        "optimizer": nets.opt.state_dict(),
+        "optimizer_disc": state_of(nets.opt_disc),
+        "scalers": [state_of(nets.scaler), state_of(nets.scaler_disc)],
+        "args": vars(args),
+        "versions": common.versions(),
+    }
+
+
+def unpack(nets, saved, args) -> None:
+    """Continue from a checkpoint, whose VAE `build` took; ValueError if its flags made other networks."""
+    mapper, path = nets.send.mapper, saved["path"]
+    # Other flags would load in part, or not at all; say which one it is.
+    theirs = saved["mapper_config"] and checkpoints.config_of(MapperConfig, saved["mapper_config"], path)
+    ours = None if mapper is None else mapper.config
+    teacher = None if mapper is None else args.teacher
+    for name, there, here in (("mapper", theirs, ours), ("teacher", saved["teacher"], teacher),
+                              ("GAN", saved["discriminator"] is not None, nets.disc is not None)):
+        if there != here:
+            raise ValueError(f"{path} was trained with {name} {there}, the flags ask for {here}; give the "
+                             f"same flags or another --out")
+    # AdamW's moments, too: without them the first steps after a stop would be other ones.
+    common.load_optimizer(nets.opt, saved["optimizer"])
+    if mapper is not None:
+        mapper.load_state_dict(saved["mapper"])
+    if nets.disc is not None:
+        nets.disc.load_state_dict(saved["discriminator"])
+        common.load_optimizer(nets.opt_disc, saved["optimizer_disc"])
+    for scaler, state in zip((nets.scaler, nets.scaler_disc), saved.get("scalers") or []):
+        if scaler is not None and state:  # none: the run so far was not fp16
+            scaler.load_state_dict(state)
+
+
+@torch.no_grad()
+def evaluate(nets, dataset, name, step, args) -> dict:
+    """PSNR, KL, alignment and spread of the latents of the first images of `dataset`; writes a picture."""
+    nets.send.eval()
+    vae, mapper = nets.send.vae, nets.send.mapper
+    # By the posterior mean, not a draw: two evaluations differ by the weights alone.
+    images = dataset.batch(range(min(EVAL_IMAGES, len(dataset))))["images"].to(nets.device)
+    x = data.to_float(images)
+    with common.autocast(nets.device, nets.dtype):
+        posterior = vae.encode(x)
+        z = posterior.mode()
+        images_hat = data.to_uint8(vae.decode(z))
+    row = {
+        "eval_images": name,
+        "psnr_db": data.psnr(images, images_hat).mean().item(),
+        "kl_per_dim_nats": (posterior.kl().mean() / z[0].numel()).item(),
+        **latent_summary(z),
+    }
+    if mapper is not None:
+        with common.autocast(nets.device, nets.dtype):
+            # Without noise: the loss while training never reaches 0, since noise hides the image.
+            row["align_clean"] = alignment_loss(mapper.clean(z), nets.teacher(x)).item()
+    nets.send.train()
+    pairs = torch.stack([images[:16], images_hat[:16]], 1).flatten(0, 1)  # original, reconstruction, ...
+    data.save_grid(Path(args.out) / f"reconstructions_{step:07d}.png", pairs, columns=8)
+    return row
+
+
+def latent_summary(z) -> dict:
+    """Show a collapse of latents z (B, C, h, w): spread of the channels, effective rank (exp of the
     spectrum's entropy)."""
-    rows = z.float().cpu().transpose(0, 1).flatten(1)  # (C, B*h*w); eigvalsh is not on every device
-    spectrum = torch.linalg.eigvalsh(torch.cov(rows)).clamp_min(1e-12)
+    channels = z.float().cpu().transpose(0, 1).flatten(1)  # (C, B*h*w); eigvalsh is not on every device
+    spectrum = torch.linalg.eigvalsh(torch.cov(channels)).clamp_min(1e-12)
+    # A latent of which k directions of equal spread are used has rank k, whatever the number of channels.
     share = spectrum / spectrum.sum()
-    return {"latent_std_min": rows.std(1).min().item(), "latent_std_max": rows.std(1).max().item(),
-            "effective_rank": torch.exp(-(share * share.log()).sum()).item()}
-
-
-class Run:
-    """The state of one training run (all that a checkpoint holds) and the loop over it."""
-
-    def __init__(self, args, proc, modules, steps):
-        self.args, self.proc, self.num_steps, self.step = args, proc, steps, 0
-        self.vae, self.mapper, self.teacher, self.lpips, self.critic = (
-            m if m is None else m.to(proc.device) for m in modules)
-        if proc.device.type == "cuda":  # cuDNN's bf16 convolutions want NHWC
-            for module in (self.vae, self.lpips, self.critic):
-                if module is not None:
-                    module.to(memory_format=torch.channels_last)
-        self.dtype = common.resolve_dtype(args.dtype, proc.device)
-        trainee = Trainee(self.vae, self.mapper)
-        self.optimizer = common.adamw(trainee.parameters(), args.lr)
-        self.optimizer_disc = (None if self.critic is None else
-                               common.adamw(self.critic.parameters(), args.disc_lr))
-        fp16 = self.dtype == torch.float16
-        self.scalers = [torch.amp.GradScaler(proc.device.type) for _ in range(2)] if fp16 else [None, None]
-        self.norms = StepBatchNorm(*[m for m in (self.mapper, self.critic) if m is not None])
-        if args.compile:
-            common.compile_modules(self.vae.encoder, self.vae.decoder, self.teacher)
-        self.trainee = common.distribute(trainee, proc)
-        self.critic_ddp = None if self.critic is None else common.distribute(self.critic, proc)
-
-    def state(self):
-        """Everything that the run needs to continue, as a plain dict; unwrapped names."""
-        args, disc = self.args, self.critic and self.critic.discriminator
-        return {"format": FORMAT, "step": self.step, "images_seen": self.step * args.batch_size,
-                "model": self.vae.state_dict(), "ema": None, "model_config": asdict(self.vae.config),
-                "mapper": self.mapper and self.mapper.state_dict(),
-                "mapper_config": self.mapper and asdict(self.mapper.config),
-                "teacher": args.teacher if self.mapper else None,
-                "discriminator": disc and disc.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "optimizer_disc": self.optimizer_disc and self.optimizer_disc.state_dict(),
-                "scalers": [s and s.state_dict() for s in self.scalers],
-                "args": vars(args), "versions": common.versions()}
-
-    def save(self):
-        """Write ckpt_<step>.pt, atomically, on rank 0; all ranks check first that they agree."""
-        common.check_same(self.trainee)
-        if self.proc.main:
-            common.save_checkpoint(Path(self.args.out) / f"ckpt_{self.step:07d}.pt", self.state())
-            common.prune_checkpoints(self.args.out, self.args.keep, self.step)
-
-    def resume(self, path, state):
-        """Continue from a checkpoint; ValueError if it was made with flags of another model."""
-        theirs, ours = state["mapper_config"], self.mapper and asdict(self.mapper.config)
-        theirs = theirs and asdict(weights.config_of(MapperConfig, theirs, path))
-        if theirs != ours or (state["discriminator"] is None) != (self.critic is None) or \
-                state["teacher"] != (self.args.teacher if self.mapper else None):
-            raise ValueError(f"{path} was made with other model flags ({state['args']['vae']}, "
-                             f"mapper {theirs}); give the same flags or another --out")
-        self.step = state["step"]  # the VAE's weights came with build
-        common.load_optimizer(self.optimizer, state["optimizer"])
-        if self.mapper is not None:
-            self.mapper.load_state_dict(state["mapper"])
-        if self.critic is not None:
-            self.critic.discriminator.load_state_dict(state["discriminator"])
-            common.load_optimizer(self.optimizer_disc, state["optimizer_disc"])
-        for scaler, saved in zip(self.scalers, state.get("scalers", [])):
-            if scaler is not None and saved:  # none: the run so far was not fp16
-                scaler.load_state_dict(saved)
-        common.print0(f"continuing from {path} at step {self.step}")
-
-    def loop(self, loader, accum, eval_set, eval_name):
-        """Step until num_steps or a signal, logging, evaluating and saving on the way."""
-        args, stop, timer = self.args, common.StopSignal(), logs.Timer(self.proc, self.step, self.num_steps)
-        log = logs.Log(args.out, self.proc, self.step, self.num_steps, vars(args), args.tensorboard,
-                       args.wandb)
-        meter, batches = logs.Meter(), iter(loader)
-        bad_streak = torch.zeros((), device=self.proc.device)
-        show = ("loss", "rec", "align", "images_per_s")
-        while self.step < self.num_steps:
-            with timer.waiting():
-                micro_batches = [next(batches) for _ in range(accum)]
-            skipped = self.train_step(micro_batches, meter)
-            bad_streak = (bad_streak + 1) * skipped
-            self.step += 1
-            done, row = self.step == self.num_steps, None
-            if self.step % args.log_every == 0 or self.step in logs.EARLY_LOGS or done:
-                row = {**meter.read(self.proc.device), **timer.read(args.batch_size, self.step)}
-                logs.check_health(row, int(bad_streak), args.stop_after_bad, self.step)
-            if self.proc.world == 1 or self.step % min(args.log_every, 10) == 0:
-                done |= stop.agreed(self.proc)  # torchrun kills 30 s after its signal
-            if args.eval_every and self.step % args.eval_every == 0 or self.step == self.num_steps:
-                with timer.pausing():
-                    row = {**(row or {}), **self.evaluate(eval_set, eval_name)}
-            log.step(self.step, row, show)
-            if self.step % args.save_every == 0 or self.step == 1 or done:
-                with timer.pausing():
-                    self.save()
-            if done:
-                break
-        log.close()
-        if self.step < self.num_steps:
-            common.print0(f"stopped by a signal, saved at step {self.step}; the same command continues")
-
-    def train_step(self, micro_batches, meter):
-        """One optimisation step of VAE + mapper, then of the discriminator; return whether it was skipped."""
-        args, device = self.args, self.proc.device
-        gan_on = self.critic is not None and self.step >= args.disc_start + args.disc_warmup
-        disc_on = self.critic is not None and self.step >= args.disc_start
-        self.norms.begin()
-        for i, (images, _labels, _indices, rows) in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            x = data.to_float(images.to(device, non_blocking=True))
-            with common.reducing(self.trainee, last):
-                loss, x_hat, terms = self._vae_loss(x, rows.tolist(), gan_on)
-                self._backward(loss / len(micro_batches), self.scalers[0])
-            if disc_on:
-                with common.reducing(self.critic_ddp, last):
-                    loss_disc, disc_terms = self._disc_loss(x, x_hat.detach())
-                    self._backward(loss_disc / len(micro_batches), self.scalers[1])
-                terms |= disc_terms
-            meter.add(terms)
-        lr = common.learning_rate(self.step, args.lr, args.warmup, args.cooldown, self.num_steps)
-        norm, skipped = common.optimizer_step(self.optimizer, lr, args.grad_clip, self.scalers[0])
-        meter.add({"grad_norm": norm, "lr": lr, "skipped_steps": skipped})
-        if disc_on:
-            lr = common.learning_rate(self.step, args.disc_lr, args.warmup, args.cooldown, self.num_steps)
-            norm, bad = common.optimizer_step(self.optimizer_disc, lr, args.grad_clip, self.scalers[1])
-            meter.add({"grad_norm_disc": norm})
-            skipped = skipped | bad
-        self.norms.end(skipped)
-        return skipped
-
-    @staticmethod
-    def _backward(loss, scaler):
-        (loss if scaler is None else scaler.scale(loss)).backward()
-
-    def _vae_loss(self, x, rows, gan_on):
-        """Return (total, reconstruction, named terms before weighting) for one micro-batch."""
-        args, vae, device = self.args, self.vae, self.proc.device
-        shape = (vae.config.z_channels, x.shape[2] // vae.stride, x.shape[3] // vae.stride)
-        eps = common.noise_for((2, *shape), rows, device, args.seed, "vae", self.step)
-        t = common.uniform_for(1, rows, device, args.seed, "t", self.step)[:, 0]
-        with common.autocast(device, self.dtype):
-            target = None if self.teacher is None else self.teacher(x)
-            x_hat, mean, logvar, pred = self.trainee(x, eps[:, 0], t, eps[:, 1])
-        terms = vae_loss(x, x_hat, Posterior(mean, logvar), rec=args.rec, lpips=self.lpips,
-                         lpips_weight=args.lpips, kl_weight=args.kl)
-        total = terms.pop("loss")
-        if gan_on:
-            # The VAE's gradient passes through, none stays in the discriminator.
-            self.critic.requires_grad_(False)
-            with common.autocast(device, self.dtype):
-                logits = self.critic.judge(x_hat)
-            self.critic.requires_grad_(True)
-            terms["gan"] = generator_loss(logits)
-            weight = args.gan
-            if args.gan_adaptive:
-                scale = 2.0**10 if self.dtype == torch.float16 else 1.0
-                terms["gan_weight"] = adaptive_gan_weight(total, terms["gan"], vae.decoder.conv_out.weight,
-                                                          scale=scale)
-                weight = weight * terms["gan_weight"]
-            total = total + weight * terms["gan"]
-        if pred is not None:
-            terms["align"] = alignment_loss(pred, target)
-            total = total + args.align * terms["align"]
-        return total, x_hat, {**terms, "loss": total}
-
-    def _disc_loss(self, x, x_hat):
-        """Return (hinge loss, terms) of the discriminator on the same reconstruction, detached."""
-        with common.autocast(self.proc.device, self.dtype):
-            real, fake = self.critic_ddp(x, x_hat)
-        loss = discriminator_loss(real.float(), fake.float())
-        accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-        return loss, {"disc": loss, "disc_real": real.float().mean(), "disc_fake": fake.float().mean(),
-                      "disc_accuracy": accuracy}
-
-    @torch.no_grad()
-    def evaluate(self, dataset, name):
-        """PSNR, held-out alignment, latent statistics of the first images of `dataset`; writes a picture."""
-        if not self.proc.main:
-            return {}
-        self.vae.eval()
-        images, _ = dataset.__getitems__(range(min(EVAL_IMAGES, len(dataset))))
-        x = data.to_float(images.to(self.proc.device))
-        with common.autocast(self.proc.device, self.dtype):
-            posterior = self.vae.encode(x)
-            z = posterior.mode()
-            x_hat = self.vae.decode(z).float()
-        mse = (data.to_uint8(x_hat).float() - images.to(x_hat.device)).pow(2).mean((1, 2, 3)).clamp_min(1e-10)
-        row = {"eval_images": name, "psnr_db": (10 * torch.log10(255**2 / mse)).mean().item(),
-               "kl_per_dim_nats": (posterior.kl().mean() / z[0].numel()).item(), **latent_summary(z)}
-        if self.mapper is not None:
-            self.mapper.eval()
-            with common.autocast(self.proc.device, self.dtype):
-                pred = self.mapper(z, torch.zeros(len(z), device=z.device), torch.zeros_like(z))
-                row["align_clean"] = alignment_loss(pred, self.teacher(x)).item()
-            self.mapper.train()
-        self.vae.train()
-        pairs = torch.stack([images[:16], data.to_uint8(x_hat[:16]).cpu()], 1).flatten(0, 1)
-        data.save_grid(Path(self.args.out) / f"reconstructions_{self.step:07d}.png", pairs, columns=8)
-        return row
+    std = channels.std(1)
+    return {
+        "latent_std_min": std.min().item(),
+        "latent_std_max": std.max().item(),
+        "effective_rank": torch.exp(-(share * share.log()).sum()).item(),
+    }
 
 
 def main(argv=None):
-    """Entry point of the command."""
     args = parse_args(argv)
-    args.image_size = args.image_size or (32 if args.data == "shapes" else 256)
     proc = common.setup(args.device)
-    return train(args, proc)
+
+    # Data.
+    train_set = data.open_dataset(args.data, args.image_size)
+    val_set = data.open_dataset(args.data, args.image_size, "val", args.val)
+    # Without held-out images the evaluation sees training images, and its rows say so.
+    eval_set, eval_name = (train_set, "training") if val_set is None else (val_set, "validation")
+    # A global batch is processes x micro-batches x images of a micro-batch.
+    micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
+    check_groups(args, micro)
+    num_steps = common.plan_steps(args.steps, args.epochs, len(train_set), args.batch_size)
+
+    # Networks: `send` is trained, `disc` is trained against it, teacher and LPIPS only judge.
+    torch.manual_seed(args.seed)  # initial weights only; the steps draw from (seed, step, row)
+    saved = checkpoints.newest(args.out, checkpoints.VAE)  # None: a new run
+    nets = build(args, proc, saved)
+    common.print0(f"data: {len(train_set):,} images, {train_set.num_classes} classes, {args.image_size} px")
+    networks = {"vae": nets.send.vae, "mapper": nets.send.mapper, "discriminator": nets.disc,
+                "teacher": nets.teacher, "lpips": nets.lpips}
+    common.print_plan(args, proc, networks, len(train_set), micro, accum, num_steps)
+    if args.dry_run:
+        return None
+
+    # Continue.
+    step = 0
+    if saved is not None:
+        unpack(nets, saved, args)
+        step = saved["step"]
+        common.print0(f"continuing from {saved['path']} at step {step}")
+    del saved  # its tensors have been copied
+
+    # Training.
+    loader = data.make_loader(train_set, args.batch_size, proc, micro, args.seed, step, num_steps,
+                              args.workers)
+    progress = common.Progress(args, proc, step, num_steps, show=("loss", "rec", "align"))
+    for step, batches in progress.steps(loader, accum):
+        terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
+        # Reads numbers from the device every --log-every steps only.
+        progress.record(terms, skipped)
+        # Step 1, too: a save that fails should fail now. Saving comes first: an evaluation may fail.
+        if progress.due(args.save_every) or progress.stopping or step == 1:
+            common.check_same(nets.send)
+            if proc.main:
+                checkpoints.save(args.out, step, pack(nets, step, args), args.keep)
+        if progress.due(args.eval_every) and proc.main:
+            progress.log(evaluate(nets, eval_set, eval_name, step, args))
+    return args.out
 
 
 if __name__ == "__main__":

@@ -1,26 +1,20 @@
-"""KL autoencoder: image x (B, 3, H, W) in [-1, 1] <-> latent z (B, C, h, w).
+"""KL autoencoder of latent diffusion (arXiv:2112.10752): image x (B, 3, H, W) <-> latent z (B, C, h, w).
 
-    vae = VAE(VAE_SIZES["f16d32"])                      # from scratch
-    vae = load_vae("hf://REPA-E/sdvae/sdvae-f8d4.pt")   # or a local file or folder: published or ours
-    posterior = vae.encode(x)                           # Posterior(mean, logvar), both (B, C, h, w) float32
-    x_hat = vae.decode(posterior.sample())              # about [-1, 1], not clamped
+    vae = VAE(VAE_SIZES["f16d32"])               # from scratch; checkpoints.load_vae reads published weights
+    posterior = vae.encode(x)                    # x in [-1, 1]; Posterior(mean, logvar), (B, C, h, w) fp32
+    x_hat = vae.decode(posterior.sample())       # about [-1, 1], not clamped
 
-The network is the encoder and decoder of latent diffusion (arXiv:2112.10752) with its state-dict names, so
-that SD-VAE (f8d4) and VA-VAE, IN-VAE, E2E-VAE, Send-VAE (f16d32) files load strictly. Latents are raw here;
-their normalisation is data.py's. Letters: B batch, C channels, H W image pixels, h w latent pixels.
+Sizes: f16d32 (VA-VAE, IN-VAE, E2E-VAE, Send-VAE), f8d4 (SD-VAE), tiny (the embedded set). Module names are
+those of the published files. Latents are raw here; data.py normalises them.
+Read: ResnetBlock, AttnBlock -> Encoder, Decoder -> VAE.
+Letters: B batch, C latent channels, H W image pixels, h w latent pixels.
 """
-import argparse
-import json
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-import common
-import weights
 
 
 @dataclass(frozen=True)
@@ -44,8 +38,8 @@ class VAEConfig:
                 self.in_channels, self.stem, self.norm_groups)
 
 
-# f16d32 and f8d4 are the released files (REPA-E's models/autoencoder.py, VA-VAE's configs); tiny is ours, for
-# 32x32 images on a CPU: folding the pixels first saves the convolutions at full resolution, the dearest ones
+# f16d32 and f8d4 are the released files (REPA-E's models/autoencoder.py, VA-VAE's configs). tiny is ours, for
+# 32 x 32 images on a CPU: folding the pixels first saves the most expensive convolutions, those at full size.
 VAE_SIZES = {
     "f16d32": VAEConfig(),
     "f8d4": VAEConfig(ch_mult=(1, 2, 4, 4), z_channels=4),
@@ -243,8 +237,11 @@ class Decoder(nn.Module):
 
 
 def check_range(x):
-    """Raise ValueError if an image on a CPU is far out of [-1, 1] (beyond 1.5: reconstructions overshoot),
-    as in [0, 255] or normalised by ImageNet's mean and std. Not in the trace of torch.compile."""
+    """Raise ValueError if an image is far out of [-1, 1], as in [0, 255] or by ImageNet's mean and std.
+
+    The limit is 1.5, since reconstructions overshoot. The range is checked on the CPU only, outside of
+    torch.compile: on a GPU the check would stall every step.
+    """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and (x.detach().abs() > 1.5).any():
         raise ValueError(f"images from {x.min():.3g} to {x.max():.3g}, the VAE takes [-1, 1]: use "
                          f"data.to_float of uint8")
@@ -271,8 +268,7 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """Return the Posterior of x (B, 3, H, W), float in [-1, 1]; H and W multiples of `stride`.
 
-        Raises ValueError on integers, another channel count or size, and on a CPU on values out of range (on
-        a GPU every step would wait for that check).
+        Raises ValueError on integers, another channel count or size, and on a CPU on values out of range.
         """
         if not x.is_floating_point():
             raise ValueError(f"images are {x.dtype}, the VAE takes float in [-1, 1]: use data.to_float(x)")
@@ -300,169 +296,3 @@ class VAE(nn.Module):
         posterior = self.encode(x)
         z = posterior.sample(eps=eps)
         return self.decode(z), z, posterior
-
-
-# loading and export; files and their layouts are weights.py's business
-
-def load_vae(path: str | Path) -> VAE:
-    """Return the VAE of a weight file: float32, on the CPU, in eval mode.
-
-    path: a file, a folder (of our checkpoints: the newest; or in diffusers format), or hf://owner/repo/file;
-    layouts as in weights.py (EMA weights where ours hold any, else the raw ones). A diffusers folder says its
-    architecture in config.json, ours in the checkpoint; other files must have that of one of VAE_SIZES, the
-    number of latent channels is read from the file.
-    Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
-    """
-    file = weights.fetch(path)
-    state, model_config = weights.vae_state(weights.read_file(file), path)
-    about = Path(path) / "config.json"
-    if model_config is not None:
-        cfg = weights.config_of(VAEConfig, model_config, path)
-    elif about.is_file():
-        cfg = config_from_diffusers(weights.read_json(about), about)
-    else:
-        cfg = infer_config(state, path)
-    with torch.device("meta"):  # no time spent on initial weights
-        vae = VAE(cfg)
-    wrong = weights.differences(vae.state_dict(), state)
-    if wrong:
-        where = "its config.json" if model_config is None else "its own model_config"
-        raise ValueError(f"{path}: its weights do not fit {where}, {weights.summary(wrong)}: was it "
-                         "edited, or written by another version?")
-    vae = vae.to_empty(device="cpu")
-    vae.load_state_dict(state)
-    return vae.eval()
-
-
-def infer_config(state, path):
-    """Return the VAEConfig behind a state dict: one of VAE_SIZES, with the latent channels of the file.
-
-    Raises ValueError that names the closest size, what differs from it, and the likely reason.
-    """
-    channels = {}
-    if getattr(state.get("post_quant_conv.weight"), "ndim", 0) == 4:
-        z_channels, embed_dim = state["post_quant_conv.weight"].shape[:2]
-        channels = dict(z_channels=z_channels, embed_dim=None if embed_dim == z_channels else embed_dim)
-    sizes, wrong = {name: replace(cfg, **channels) for name, cfg in VAE_SIZES.items()}, {}
-    for name, cfg in sizes.items():
-        with torch.device("meta"):
-            wrong[name] = weights.differences(VAE(cfg).state_dict(), state)
-    closest = min(wrong, key=lambda name: len(wrong[name]))
-    if wrong[closest]:
-        raise ValueError(f"{path}: none of the sizes {', '.join(VAE_SIZES)}; from {closest} it differs in "
-                         f"{len(wrong[closest])} tensors: {weights.summary(wrong[closest])}: "
-                         f"{likely_reason(state, wrong[closest])}")
-    return sizes[closest]
-
-
-def likely_reason(state, wrong):
-    """Guess why a VAE state dict fits none of our sizes."""
-    for part in weights.VAE_PARTS:
-        if not any(key.startswith(part) for key in state):
-            return f"a VAE without {part[:-1]} (half a file, or another family, as FLUX's)"
-    if all("is missing" in line for line in wrong):
-        return "keys were lost, download or copy it again"
-    if all("is unexpected" in line for line in wrong):
-        return "something else is stored beside the VAE, save the VAE's state dict alone"
-    return "another architecture; a folder in diffusers format brings its own config.json"
-
-
-def config_from_diffusers(config, path="config.json"):
-    """Return the VAEConfig of diffusers' AutoencoderKL config.json; ValueError if we have no such network."""
-    want = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": True,
-            "use_post_quant_conv": True, "mid_block_add_attention": True}
-    odd = [f"{key} {config[key]}" for key, value in want.items() if config.get(key, value) != value]
-    keys = ("block_out_channels", "down_block_types", "layers_per_block", "latent_channels")
-    odd += [f"no {key}" for key in keys if key not in config]
-    if odd:
-        raise ValueError(f"{path}: {weights.summary(odd)}: not an AutoencoderKL that vae.py has")
-    widths, kinds, blocks, z_channels = (config[key] for key in keys)
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"{path}: widths {widths}, vae.py takes multiples of the first")
-    side = 256  # nominal: attention is where down_block_types says, whatever sample_size is
-    return VAEConfig(
-        ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), num_res_blocks=blocks,
-        attn_resolutions=tuple(side // 2 ** i for i, kind in enumerate(kinds) if "Attn" in kind),
-        resolution=side, z_channels=z_channels, in_channels=config.get("in_channels", 3),
-        norm_groups=config.get("norm_num_groups", 32))
-
-
-def diffusers_config(cfg, statistics):
-    """Return the config.json of diffusers' AutoencoderKL for a VAEConfig; statistics (mean, std) or None.
-
-    ValueError for what diffusers does not have: a stem, or embed_dim other than z_channels.
-    """
-    if cfg.stem != 1 or cfg.embed_dim not in (None, cfg.z_channels):
-        raise ValueError(f"diffusers has no AutoencoderKL with stem {cfg.stem}, embed_dim {cfg.embed_dim} "
-                         "(such as --vae tiny): export f16d32 or f8d4, or use --export safetensors FILE")
-    attn = ["Attn" if has_attn else "" for _, has_attn in level_shapes(cfg)]
-    mean, std = (part.tolist() for part in statistics[:2]) if statistics else (None, None)
-    scale = 1.0
-    if std and not any(mean) and len(set(std)) == 1:  # one scalar: where diffusers' pipelines look for it
-        scale, mean, std = 1 / std[0], None, None
-    return {"_class_name": "AutoencoderKL", "in_channels": cfg.in_channels, "out_channels": cfg.in_channels,
-            "block_out_channels": [width for width, _ in level_shapes(cfg)], "act_fn": "silu",
-            "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attn],
-            "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attn)],
-            "layers_per_block": cfg.num_res_blocks, "latent_channels": cfg.z_channels,
-            "norm_num_groups": cfg.norm_groups, "sample_size": cfg.resolution,
-            "scaling_factor": scale, "latents_mean": mean, "latents_std": std}
-
-
-def export(kind, out, path, latent_stats=None, licence=None):
-    """Write the VAE at `path` for other codes; return its statistics (mean, std, source) or None.
-
-    kind: "diffusers" (out is a folder); "safetensors" or "ldm" (out is a file with the published names; "ldm"
-    is the .pt that REPA-E's scripts take), with <name>-latents-stats.pt beside it, where they are known.
-    """
-    path = weights.resolve(path)
-    vae, out = load_vae(path), Path(out)
-    channels = vae.post_quant_conv.in_channels
-    state = vae.state_dict()
-    statistics = (*weights.read_statistics(latent_stats, channels, common.state_hash(state)), latent_stats) \
-        if latent_stats else weights.find_statistics(path, channels)
-    if kind == "diffusers":
-        config = diffusers_config(vae.config, statistics)
-        weights.save_safetensors(out / weights.DIFFUSERS_FILES[0], weights.to_diffusers(state))
-        (out / "config.json").write_text(json.dumps(config, indent=1))
-        content = weights.read_file(weights.fetch(path))
-        (out / "README.md").write_text(weights.model_card(path, content, statistics, licence))
-        return statistics
-    if kind == "safetensors":
-        weights.save_safetensors(out, state)
-    else:
-        common.save_checkpoint(out, state)
-    if statistics:
-        weights.save_statistics(out.with_name(f"{out.stem}-latents-stats.pt"), *statistics[:2])
-    return statistics
-
-
-def parse_args(argv=None):
-    """Parse the command line of `python vae.py`."""
-    parser = argparse.ArgumentParser(description="Write a VAE, ours or published, for other codes.",
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--vae", default="out/vae", help="checkpoint, folder of them (newest) or of diffusers, or "
-        "hf://owner/repo/file")
-    add("--export", nargs=2, required=True, metavar=("KIND", "PATH"),
-        help="diffusers DIR (for AutoencoderKL.from_pretrained), safetensors FILE, ldm FILE (REPA-E's .pt)")
-    add("--latent-stats", default=None,
-        help="statistics to go with it: file, folder of encode.py, or number; default: those beside the VAE")
-    add("--license", default=None, help="identifier for the model card, such as mit; start weights bind it")
-    args = parser.parse_args(argv)
-    if args.export[0] not in ("diffusers", "safetensors", "ldm"):
-        parser.error(f"--export {args.export[0]}: want diffusers, safetensors or ldm")
-    return args
-
-
-def main(argv=None):
-    """Entry point of the command."""
-    args = parse_args(argv)
-    statistics = export(*args.export, args.vae, args.latent_stats, args.license)
-    print(f"wrote {args.export[1]}; latent statistics: "
-          + (f"from {statistics[2]}, written with it" if statistics else "none known, give --latent-stats"))
-
-
-if __name__ == "__main__":
-    common.cli(main)

@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,3 +76,38 @@ def fill_by_name(module, manifest, table, archive=None, rename=lambda key: key, 
     if left:
         raise KeyError(f"not in the module: {left[:5]} (+{max(len(left) - 5, 0)})")
     return module
+
+
+# what several files share
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """The path of 40 pictures of 32 px in the class folders a and b."""
+    import small
+    return str(small.pictures(tmp_path_factory.mktemp("pictures") / "train", n=40))
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory):
+    """Paths of what the stages leave, from random weights: .pictures -> .vae -> .latents -> .sit (tiny sizes).
+
+    The weights have unit gain, so that outputs differ from image to image, as they do after training.
+    """
+    import encode
+    import small
+    from data import LatentFolder
+    from losses import PatchDiscriminator
+    from vae import VAE, VAE_SIZES
+    root = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    vae = VAE(VAE_SIZES["tiny"])
+    for p in vae.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    small.small_vae_checkpoint(root / "vae", vae, image_size=32, discriminator=PatchDiscriminator().state_dict())
+    encode.main(["--data", pictures, "--vae", str(root / "vae"), "--workers", "0", "--device", "cpu",
+                 "--shard-size", "16", "--out", str(root / "latents")])
+    facts = LatentFolder(root / "latents").facts
+    sit = small.small_sit(input_size=4, in_channels=facts["channels"], num_classes=2)
+    small.small_sit_checkpoint(root / "sit", sit, vae, latents=facts)
+    return SimpleNamespace(pictures=pictures, **{name: str(root / name) for name in ("vae", "latents", "sit")})

@@ -1,4 +1,4 @@
-"""bench.py prints one JSON line a stage with the figures it promises. About 30 s.
+"""bench.py times the steps of the trainers and prints the figures that it promises. About 30 s.
 
 Run: ./test.sh tests/test_bench.py
 """
@@ -8,45 +8,53 @@ import pytest
 import torch
 
 import bench
+import common
+import train_sit
+import train_vae
+
+TINY = ("--vae tiny --model tiny/1 --image-size 32 --teacher shapes --batch-size 2 --iters 1 --device cpu "
+        "--dtype fp32").split()
 
 
 @pytest.mark.parametrize("stage", bench.STAGES)
 def test_stage_reports_throughput_and_flops(stage, capsys):
-    bench.main(["--stage", stage, "--vae", "tiny", "--model", "tiny/1", "--image-size", "32", "--teacher-dim",
-                "64", "--batch-size", "4", "--iters", "2", "--device", "cpu", "--dtype", "fp32"])
+    bench.main(["--stage", stage, *TINY])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert row["stage"] == stage and row["images_per_s"] > 0 and row["batch_size"] == 4
-    assert row["images_per_s"] == pytest.approx(4000 / row["step_ms"], rel=0.05)
-    assert (row["tflop_per_s"] > 0) == (stage != "shapes")
-    assert row["mfu_percent"] >= 0  # its size is that of the machine and of its load
+    assert row["stage"] == stage and row["images_per_s"] > 0 and row["batch_size"] == 2
+    assert row["images_per_s"] == pytest.approx(2000 / row["step_ms"], rel=0.05) and row["iters"] == 1
+    assert row["tflop_per_s"] > 0 and row["mfu_percent"] > 0 and row["autocast"] == "torch.float32"
     assert "measured here" in row["peak_source"]
 
 
-def test_flops_are_those_of_the_layers():
-    """A convolution by hand: 2 x multiply-adds forward, twice that backward."""
-    from torch.utils.flop_counter import FlopCounterMode
-    layer, x = torch.nn.Conv2d(8, 16, 3, padding=1), torch.randn(2, 8, 10, 10, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        layer(x).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * (2 * 16 * 8 * 9 * 100)
+@pytest.mark.parametrize("stage, trainer", [("vae", train_vae), ("sit", train_sit)])
+def test_step_is_the_trainers_own_with_all_its_networks(stage, trainer, monkeypatch):
+    """At 64 px, where LPIPS and GAN are in, with a teacher from timm; in two micro-batches."""
+    seen, real_step = [], trainer.train_step
+
+    def spy(nets, batches, *rest):
+        seen.append((nets, [len(batch["rows"]) for batch in batches], rest[1]))
+        return real_step(nets, batches, *rest)
+    monkeypatch.setattr(trainer, "train_step", spy)
+    more = "--image-size 64 --teacher vit_tiny_patch16_224 --micro-batch-size 1".split()
+    args = bench.parse_args(["--stage", stage, *TINY, *more])
+    terms, skipped = bench.make_step(stage, args, common.setup("cpu"))()
+    [(nets, sizes, run)], names = seen, {name for part in terms for name in part}
+    assert sizes == [1, 1] and not skipped and nets.teacher.name == "vit_tiny_patch16_224"
+    assert names >= ({"rec", "lpips", "kl", "gan", "align", "disc"} if stage == "vae" else {"flow", "repa"})
+    if stage == "vae":
+        assert nets.send.mapper.bn.group == 1 and trainer.check_groups(run, micro=1) is None
 
 
-def test_fid_is_compared_with_what_is_installed_part_by_part(monkeypatch, capsys):
-    """The other package is ours once more, with another distance: the line must show it."""
-    def installed(state, weights, batch_size):
-        features, _, folders = bench.fid_of_ours(weights, "pytorch-fid", 64, batch_size)
-        return features, lambda *moments: 2 * bench.frechet_distance(*moments), folders
-    monkeypatch.setattr(bench, "PACKAGES", {"json": (installed, "pytorch-fid"), "not_there": (None, None)})
-    small = [m for seed in (0, 1) for m in (seed * torch.ones(8).numpy(), torch.eye(8).numpy())]
-    monkeypatch.setattr(bench, "make_moments", lambda noise: small)
-    bench.compare_fid(bench.parse_args(["--image-size", "64", "--batch-size", "2", "--iters", "1"]))
-    rows = {row["part"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert [*rows] == ["network", "distance", "total"]
-    assert rows["distance"]["values"] == [16, 8] and rows["distance"]["relative_difference"] == 0.5
-    for part in ("network", "total"):
-        assert rows[part]["relative_difference"] < 1e-6 and rows[part]["values"][0] > 0
-        theirs, ours = rows[part]["seconds"]
-        assert rows[part]["ratio"] == pytest.approx(theirs / ours, rel=0.1)
-    monkeypatch.setattr(bench, "PACKAGES", {"not_there": (None, None)})
-    with pytest.raises(ModuleNotFoundError, match="pip install pytorch-fid==0.3.0"):
-        bench.compare_fid(bench.parse_args([]))
+def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):
+    """By hand, a multiply-add as 2: 32 to 64 channels, 3 x 3 at 4 x 32 x 32; 8 heads of 512 x 512 x 64."""
+    x, q = torch.randn(4, 32, 32, 32), torch.randn(1, 8, 512, 64)
+    convolution = torch.nn.Conv2d(32, 64, 3, padding=1)
+
+    def step():
+        convolution(x).sum().backward()  # no gradient for x: as much again as forward
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    monkeypatch.setattr(bench, "make_step", lambda *args: step)
+    bench.main(["--stage", "vae", *TINY])
+    row = json.loads(capsys.readouterr().out)
+    flops = 2 * 2 * (4 * 64 * 32 * 9 * 32 * 32) + 2 * 2 * (8 * 512 * 512 * 64)
+    assert row["tflop_per_s"] * row["step_ms"] * 1e9 == pytest.approx(flops, rel=0.01)

@@ -56,10 +56,13 @@ def logged(folder):
 
 
 def sizes(content, *parts):
-    """The mean |value| of every part of a checkpoint; running statistics of BatchNorm apart."""
+    """The mean |value| of every part of a checkpoint; running statistics of BatchNorm apart, its counter of
+    calls left out: nothing depends on it, and it counts steps now, not groups."""
     groups = {}
     for part in parts:
         for key, value in content[part].items():
+            if not value.is_floating_point():
+                continue
             kind = f"/{key.split('.')[-1]}" if "running" in key else ""
             groups.setdefault(f"{part}{kind}", []).append(value.double().abs().flatten())
     return {f"|{key}|": torch.cat(values).mean().item() for key, values in groups.items()}

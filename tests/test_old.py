@@ -6,13 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from checkpoints import load_sit, load_vae
 from data import LatentFolder
-
-try:
-    from checkpoints import load_sit, load_vae
-except ImportError:  # until the loaders move there
-    from sit import load_sit
-    from vae import load_vae
 
 OLD = ROOT / "tests" / "old"
 
@@ -43,7 +38,8 @@ def test_a_sit_loads_and_predicts_as_before():
 
 def test_latents_of_two_float16_shards_are_read_as_before():
     latents = LatentFolder(OLD / "encoded")
-    moments, labels = latents.__getitems__([23, 0, 15, 16])
+    batch = latents.batch([23, 0, 15, 16])
+    moments, labels = batch["moments"], batch["labels"]
     assert len(latents) == 24 and moments.shape == (4, 8, 4, 4) and moments.dtype == torch.float32
     assert labels.tolist() == [1, 0, 1, 1]
     sums = [x.abs().sum().item() for x in moments]

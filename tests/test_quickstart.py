@@ -1,120 +1,187 @@
-"""The report of the quickstart: its table from the files of the stages, its pictures. A few seconds.
+"""quickstart.sh (its commands, failures, signals), its report, and the charts of plot.py.
 
-Run: ./test.sh tests/test_quickstart.py
+Run: ./test.sh tests/test_quickstart.py     (about 20 s)
 """
+import importlib
 import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
+import checkpoints
 import data
-import quickstart
+import plot
+import probe
 import train_vae
-from vae import load_vae
+from shapes import report
 
+
+# quickstart.sh
+
+def quickstart(tmp_path, script, **env):
+    """Start quickstart.sh with a shell script in place of python."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    return subprocess.Popen(["bash", str(ROOT / "quickstart.sh"), str(tmp_path / "out")], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            env={"PYTHON": str(python), "PATH": "/usr/bin:/bin", **env},
+                            # bash cannot trap a signal that the shell above has set to be ignored
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def test_commands_parse_and_go_to_the_folder_that_was_named(tmp_path):
+    run = quickstart(tmp_path, 'echo "run $@"', OUT=str(tmp_path / "other"))
+    shown = run.communicate()[0] + (tmp_path / "out" / "plain.log").read_text()
+    commands = re.findall(r"^run (?:(\w+)\.py|-m (shapes\.\w+)) (.*)", shown, re.M)
+    assert run.returncode == 0 and len(commands) == 19
+    for script, module, arguments in commands:
+        assert str(tmp_path / "out") in arguments
+        importlib.import_module(script or module).parse_args(shlex.split(arguments))
+    assert not (tmp_path / "other").exists()  # OUT is too common a name to be looked at
+
+
+def test_a_second_run_does_only_what_is_left_and_refuses_other_settings(tmp_path):
+    assert quickstart(tmp_path, "").wait() == 0
+    again = quickstart(tmp_path, 'case "$1" in *.py) echo "ran $1";; esac')
+    assert "ran " not in again.communicate()[0] and again.returncode == 0
+    other = quickstart(tmp_path, "", SEED="1")
+    assert "SEED=1" in other.communicate()[1] and other.returncode == 2
+
+
+def test_old_python_is_refused_before_anything_is_done(tmp_path):
+    run = quickstart(tmp_path, 'case "$1" in -c) exit 1;; esac')
+    assert "Python 3.11" in run.communicate()[1] and run.returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_of_the_plain_vae_is_one_of_the_quickstart(tmp_path):
+    run = quickstart(tmp_path, 'case "$*" in "fid.py rfid"*/plain/vae*) echo boom >&2; exit 3;; esac')
+    errors, done = run.communicate()[1], (tmp_path / "out/done.txt").read_text()
+    assert run.returncode == 1 and "boom" in errors and "plain" in errors
+    assert "send-fid" in done and "plain-vae" in done and "plain-rfid" not in done and "probe" not in done
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_quickstart_waits_for_both_and_calls_neither_done(tmp_path, number):
+    """The stand-in for a trainer saves and exits 0 on a signal, as train_vae.py does."""
+    run = quickstart(tmp_path, f"""case "$*" in *"--init {tmp_path}/out/pretrained"*)
+        trap 'sleep 0.3; echo >> "{tmp_path}/saved"; exit 0' TERM INT
+        echo >> "{tmp_path}/began"; n=0; while [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done;; esac""")
+    began = tmp_path / "began"
+    while not began.is_file() or len(began.read_text()) < 2:
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(number)
+    run.communicate()
+    assert run.returncode == 128 + number and len((tmp_path / "saved").read_text()) == 2
+    assert re.fullmatch("pretrain .*\n", (tmp_path / "out/done.txt").read_text())
+
+
+# the report
 
 def write_run(folder, shift=0.0):
-    """Write what the stages leave: Send-VAE is `shift` better in F1 and accuracy than in the first run."""
+    """Write what the stages leave; Send-VAE is better than plain, by `shift` more than in other runs."""
     def write(name, content):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
     vaes = []
-    for k, kind in enumerate(quickstart.KINDS):
+    for k, arm in enumerate(report.ARMS):
         vaes.append({"flat": {"macro_f1": 0.5 + k * (0.25 + shift), "groups": {"hue": 0.5 + k / 4}},
                      "pooled": {"macro_f1": 0.25 + k / 4}})
-        write(f"{kind}/rfid.json", {"n": 4000, "psnr_db": 24.0 - k, "fd": 8.0 + k})
-        sets = {name: {"n": 1000, "fd": 30.0 - k - j, "class_accuracy": 0.25 + k * (0.25 + shift) + j / 8}
-                for j, name in enumerate(("cfg1/samples.npz", "cfg2/samples.npz"))}
-        write(f"{kind}/gfid.json", {"sets": sets, "reference": {"name": "shapes-val-4000"}})
-        rows = [{"config": {}}, {"step": 10, "rec": 0.5, "flow": 2.0, "grad_norm": 1.0, "val_flow": 2.0},
-                {"step": 20, "rec": 9.0},
-                {"step": 20, "rec": 0.3 - k / 10, "align": 0.9, "psnr_db": 20.0 + k},
-                {"step": 30, "rec": 0.25, "align": 0.7, "psnr_db": 21.0, "flow": 1.0 + k, "grad_norm": k / 2,
-                 "val_flow": 1.5 - k}]
+        write(f"{arm}/rfid.json", {"n": 4000, "psnr_db": 24.0 - k, "fd": 8.0 + k})
+        sets = {}
+        for j in range(2):
+            accuracy = 0.25 + k / 4 + j / 8
+            sets[f"cfg{j + 1}/samples.npz"] = {"n": 1000, "fd": 30.0 - k - j, "class_accuracy": accuracy}
+        write(f"{arm}/gfid.json", {"sets": sets, "reference": {"name": "shapes-val-4000"}})
+        rows = [{"config": {}}, {"step": 10, "rec": 0.5, "flow": 2.0}, {"step": 30, "rec": "nan"},
+                {"step": 20, "rec": 9.0}, {"step": 20, "rec": 0.3 - k / 10, "flow": 1.0 + k}]
         for stage in ("vae", "sit"):
-            write(f"{kind}/{stage}/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write("probe.json", {"vaes": vaes})
-    write("seconds.txt", "pretrain 5\nprobe 6\n" + "".join(
-        f"{kind}-{stage} {10 + k}\n" for k, kind in enumerate(quickstart.KINDS) for stage in (
-            "vae", "rfid", "latents", "sit", "sample", "fid")))
+            write(f"{arm}/{stage}/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write("probe.json", {"vaes": vaes, "labels": ["plain", "send"]})
+    write("seconds.txt", "pretrain 5\nplain-vae 99\nplain-vae 10\nplain-sit 10\nsend-vae 11\nsend-sit 11\n")
     return folder
 
 
 def test_table_names_every_distance_by_n_and_reference_and_puts_the_difference_last(tmp_path):
-    table = quickstart.markdown_table([quickstart.measured(write_run(tmp_path))]).splitlines()
+    table = report.markdown_table([report.measured(write_run(tmp_path))]).splitlines()
     assert "| PSNR, dB | 24.00 | 23.00 | -1.000 |" in table
     assert "| probe F1, flattened | 0.500 | 0.750 | +0.250 |" in table
+    assert "| probe F1 of hue, flattened | 0.500 | 0.750 | +0.250 |" in table
     assert "| FD-judge of 4000 reconstructions vs their originals | 8.00 | 9.00 | +1.000 |" in table
     assert "| FD-judge of 1000 samples vs shapes-val-4000, no guidance | 30.00 | 29.00 | -1.000 |" in table
     assert "| FD-judge of 1000 samples vs shapes-val-4000, guidance 2 | 29.00 | 28.00 | -1.000 |" in table
     assert "| class accuracy of samples, guidance 2 | 0.375 | 0.625 | +0.250 |" in table
-    assert "| seconds, SiT | 10 | 11 | +1 |" in table
+    assert "| seconds, vae | 10 | 11 | +1 |" in table
 
 
-def test_report_is_written_with_its_pictures(tmp_path, monkeypatch, capsys):
-    """On VAEs of one step; the rows are those that the report names."""
-    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 32, "val": 16})
-    run = write_run(tmp_path / "run")
-    common_flags = ["--data", "shapes", "--vae", "tiny", "--init", "none", "--lpips", "0", "--gan", "0",
-                    "--batch-size", "32", "--steps", "1", "--workers", "0", "--device", "cpu"]
-    samples = {"arr_0": np.zeros((20, 32, 32, 3), np.uint8), "arr_1": np.arange(20) % 10}
-    for kind, flags in (("plain", ["--align", "0"]), ("send", ["--teacher", "shapes"])):
-        train_vae.main([*common_flags, *flags, "--out", str(tmp_path / kind)])
-        (run / kind / "vae" / "log.jsonl").replace(tmp_path / kind / "log.jsonl")
-        (run / kind / "vae").rmdir()
-        (tmp_path / kind).replace(run / kind / "vae")
-        (run / kind / "samples" / "cfg2").mkdir(parents=True)
-        samples["arr_0"] = samples["arr_0"] + 100  # plain 100, send 200
-        np.savez(run / kind / "samples" / "cfg2" / "samples.npz", **samples)
-    quickstart.main([str(run)])
-    report = (run / "report.md").read_text()
-    assert capsys.readouterr().out.splitlines()[-1] in report
-    pictures = {name: np.array(Image.open(run / f"{name}.png"))
-                for name in ("reconstructions", "pca", "samples", "curves")}
-    assert all(f"]({name}.png)" in report for name in pictures)
-    assert pictures["reconstructions"].shape == (3 * 96, 12 * 96, 3)  # original, plain, send
-    assert pictures["pca"].shape == (5 * 96, 12 * 96, 3)  # image, two latents, mapper, teacher
-    images, _ = data.open_dataset("shapes", 32, split="val").__getitems__(range(12))
-    tiles = pictures["pca"][::3, ::3].reshape(5, 32, 12, 32, 3).transpose(0, 2, 4, 1, 3)
-    assert np.array_equal(tiles[0], images.numpy())
-    z = load_vae(run / "send" / "vae").encode(data.to_float(images)).mode()
-    latent = quickstart.enlarge(quickstart.pca_rgb(z.flatten(2).transpose(1, 2))).numpy()
-    assert np.array_equal(tiles[2], latent)
-    assert pictures["samples"].shape == (10 * 64, 5 * 64, 3)  # a row per class: 2 plain, gap, 2 send
-    assert [int(pictures["samples"][5, 64 * k + 5, 0]) for k in range(5)] == [100, 100, 255, 200, 200]
-
-
-def test_table_of_several_runs_has_means_and_standard_deviations(tmp_path):
-    runs = [quickstart.measured(write_run(tmp_path / str(shift), shift)) for shift in (0.0, 0.1, 0.2)]
-    table = quickstart.markdown_table(runs)
+def test_several_runs_give_means_and_standard_deviations(tmp_path, capsys):
+    report.main([str(write_run(tmp_path / str(shift), shift)) for shift in (0.0, 0.1, 0.2)])
+    table = capsys.readouterr().out
     assert "| probe F1, flattened | 0.500 ± 0.000 | 0.850 ± 0.100 | +0.350 ± 0.100 |" in table
 
 
-def test_stage_that_has_not_run_is_named(tmp_path):
+def test_a_stage_that_has_not_run_is_named(tmp_path):
     (write_run(tmp_path) / "send" / "gfid.json").unlink()
-    with pytest.raises(FileNotFoundError, match="send/gfid.json is missing: that stage has not run"):
-        quickstart.measured(tmp_path)
+    with pytest.raises(FileNotFoundError, match="send/gfid.json"):
+        report.measured(tmp_path)
 
 
-def test_curves_are_those_of_the_logs(tmp_path):
-    run = write_run(tmp_path)
-    log = run / "send" / "vae" / "log.jsonl"
-    assert quickstart.read_curve(log, "rec") == [(10, 0.5), (20, pytest.approx(0.2)), (30, 0.25)]
-    quickstart.draw_curves(run)
-    picture = np.array(Image.open(run / "curves.png")).astype(int)
-    assert picture.shape == (900, 1120, 3)
-    blue, orange = (abs(picture - np.array(colour)).sum(2) < 30 for colour in ((0, 114, 178), (213, 94, 0)))
-    panel = {(i, j): (slice(300 * i + 50, 300 * i + 280), slice(560 * j + 70, 560 * j + 540))
-             for i in range(3) for j in range(2)}
-    for place, where in panel.items():
-        assert blue[where].any() == (place != (1, 0)), place  # only Send-VAE has an alignment
-        assert orange[where].any(), place
-    for kind in quickstart.KINDS:  # of an older version, and with a loss that was not finite
-        log = run / kind / "sit" / "log.jsonl"
-        log.write_text(log.read_text().replace("val_flow", "old").replace('"flow": 2.0', '"flow": "nan"'))
-    quickstart.draw_curves(run)
-    assert not np.array_equal(picture, np.array(Image.open(run / "curves.png")))
-    rows, columns = np.nonzero(orange[panel[1, 0]])  # alignment falls from .9 (top left) to .7
-    assert rows[columns.argmin()] < 10 and rows[columns.argmax()] > 200
+def test_report_is_written_with_its_pictures(tmp_path, monkeypatch, capsys):
+    """On VAEs of one step; the strips are those that the pictures name."""
+    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 32, "val": 16})
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where only requirements.txt is installed
+    run, samples = write_run(tmp_path), np.zeros((20, 32, 32, 3), np.uint8)
+    flags = ["--data", "shapes", "--vae", "tiny", "--init", "none", "--lpips", "0", "--gan", "0",
+             "--batch-size", "32", "--steps", "1", "--workers", "0", "--device", "cpu", "--dtype", "fp32"]
+    for k, align in enumerate((["--align", "0"], ["--teacher", "shapes"])):
+        arm = run / list(report.ARMS)[k]
+        train_vae.main([*flags, *align, "--out", str(arm / "vae")])
+        samples += 100
+        data.save_npz(arm / "samples" / "cfg2" / "samples.npz", samples, np.arange(20) % 10)
+    report.main([str(run)])
+    text, names = (run / "report.md").read_text(), ("reconstructions", "pca", "samples")
+    assert capsys.readouterr().out.splitlines()[-1] in text and "pip install matplotlib" in text
+    assert all(f"]({name}.png)" in text for name in names)
+    reconstructions, pca, samples = (np.array(Image.open(run / f"{name}.png")) for name in names)
+    assert reconstructions.shape == (3 * 96, 150 + 12 * 96, 3)  # images, plain, send
+    assert pca.shape == (5 * 96, 150 + 12 * 96, 3)  # images, two latents, mapper, teacher
+    assert all((strip[:, :150] < 128).any() for strip in pca.reshape(5, 96, *pca.shape[1:]))  # with names
+    images = data.open_dataset("shapes", 32, "val").batch(range(12))["images"]
+    tiles = pca[::3, 150::3].reshape(5, 32, 12, 32, 3).transpose(0, 2, 4, 1, 3)
+    assert np.array_equal(tiles[0], images.numpy())
+    z = checkpoints.load_vae(run / "send" / "vae").encode(data.to_float(images)).mode().detach()
+    assert np.array_equal(tiles[2], probe.colour_tokens(z.flatten(2).transpose(1, 2), 32).numpy())
+    assert samples.shape == (10 * 64, 5 * 64, 3)  # a line per class: 2 plain, gap, 2 send
+    assert [int(samples[5, 64 * k + 5, 0]) for k in range(5)] == [100, 100, 255, 200, 200]
+
+
+# plot.py
+
+def test_charts_show_what_the_files_say(tmp_path):
+    pytest.importorskip("matplotlib")
+    logs = [write_run(tmp_path) / arm / "vae" / "log.jsonl" for arm in report.ARMS]
+    assert plot.read_curve(logs[1], "rec") == {10: 0.5, 20: pytest.approx(0.2)}  # the last of two; no nan
+    figure = plot.draw_curves(logs, ["rec", "flow", "none"])
+    assert [axis.get_title() for axis in figure.axes] == ["rec", "flow"]
+    assert {line.get_label(): line.get_ydata()[-1] for line in figure.axes[1].get_lines()} == \
+        {"plain/vae": 1.0, "send/vae": 2.0}
+    bars = plot.draw_bars(json.loads((tmp_path / "probe.json").read_text())).axes[0]
+    assert [text.get_text() for text in bars.get_yticklabels()] == \
+        ["flat: macro_f1", "pooled: macro_f1", "flat: F1 of hue"]
+    assert [bar.get_width() for bar in bars.patches] == [0.5, 0.25, 0.5, 0.75, 0.5, 0.75]
+    with pytest.raises(ValueError, match="nothing is logged"):
+        plot.draw_curves(logs, ["none"])
+    for name, files in {"curves": logs, "bars": [tmp_path / "probe.json"]}.items():
+        plot.main([name, *map(str, files), "--out", str(tmp_path / "new" / f"{name}.png")])
+        assert np.array(Image.open(tmp_path / "new" / f"{name}.png")).std() > 10

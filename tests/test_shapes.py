@@ -1,22 +1,31 @@
-"""The embedded set: determinism, streams, balance, and the factors against what the pixels show.
+"""The embedded set: scenes (pixels against factors, streams, balance), its teacher and judge, their training.
 
-    pytest tests/test_shapes.py    # about 5 s on one core
+Run: ./test.sh tests/test_shapes.py     (about 15 s)
 """
 import colorsys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT
 
-from shapes import BACKGROUNDS, HUES, SECONDS, SHAPES, Shapes
+from shapes import train
+from shapes.networks import load, load_judge, load_teacher
+from shapes.scenes import BACKGROUNDS, HUES, SECONDS, SHAPES, Shapes, _render
+
+
+def column(data, name):
+    """Return one attribute of all images, (N,)."""
+    return data.attributes[:, data.attribute_names.index(name)]
 
 
 def select(data, **wanted):
-    """Return the indices of images, not inverted, whose factors have the given names, by the attributes."""
-    rows = data.attributes[:, data.attribute_names.index("tone=inverted")] == 0
+    """Return the positions of the images, not inverted, whose factors have the given names."""
+    chosen = column(data, "tone=inverted") == 0
     for factor, name in wanted.items():
-        rows &= data.attributes[:, data.attribute_names.index(f"{factor}={name}")] == 1
-    return np.flatnonzero(rows)
+        chosen &= column(data, f"{factor}={name}") == 1
+    return np.flatnonzero(chosen)
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +33,23 @@ def data():
     return Shapes(12000, seed=3)
 
 
-def test_images_do_not_depend_on_how_many_are_asked_for():
+def test_images_do_not_depend_on_how_many_are_asked_for_nor_scenes_on_their_size():
     many, few = Shapes(300), Shapes(47)
     assert np.array_equal(many.images[:47], few.images)
     assert np.array_equal(many.labels[:47], few.labels)
     assert np.array_equal(many.attributes[:47], few.attributes)
+    halved = Shapes(47, size=64).images.reshape(47, 32, 2, 32, 2, 3).mean(axis=(2, 4))
+    assert np.abs(halved - few.images).mean() < 2.5  # of 255; other scenes differ by about 70
+
+
+def test_pixels_are_those_that_all_results_were_measured_on():
+    """Mean colour of the first images; a processor may round single pixels in another way."""
+    wanted = {("train", 0): [[79.42, 75.21, 51.27], [229.35, 176.85, 148.97], [118.75, 69.93, 81.59]],
+              ("val", 1): [[223.38, 169.68, 125.68], [75.44, 77.96, 56.06], [148.94, 108.58, 112.02]]}
+    for (split, seed), colours in wanted.items():
+        means = Shapes(3, seed, split).images.mean(axis=(1, 2))
+        assert np.abs(means - np.array(colours)).max() < 0.02
+    assert Shapes(3).labels.tolist() == [6, 4, 8]
 
 
 def test_splits_and_seeds_give_other_scenes():
@@ -62,18 +83,14 @@ def test_one_vs_rest_columns_sum_to_one_and_independent_factors_are_uncorrelated
     across = np.array([[a != b or a == "position" for b in factors] for a in factors])
     np.fill_diagonal(across, False)
     assert np.abs(correlation[across]).max() < 5 / np.sqrt(len(data))
-    assert abs(data.attributes[:, data.attribute_names.index("second=none")].mean() - 0.5) < 0.03
+    assert abs(column(data, "second=none").mean() - 0.5) < 0.03
 
 
-def test_plain_backgrounds_have_the_colour_of_their_name_times_light(data):
+def test_backgrounds_and_solid_objects_have_the_colour_of_their_name_times_light(data):
     for name, colour in BACKGROUNDS.items():
         rows = select(data, background=name, texture="plain", second="none")
-        assert len(rows) > 20
-        corner = data.images[rows, 0, 0] / 255
-        assert np.abs(corner - data.factors["light"][rows, None] * np.array(colour)).max() < 0.51 / 255
-
-
-def test_solid_objects_have_the_hue_of_their_name_at_their_centre(data):
+        corner, wanted = data.images[rows, 0, 0] / 255, data.factors["light"][rows, None] * np.array(colour)
+        assert len(rows) > 20 and np.abs(corner - wanted).max() < 0.51 / 255
     for name, colour in HUES.items():
         rows = select(data, hue=name, shape="square", fill="solid", second="none")
         at = np.rint(np.stack([data.factors["y"][rows], data.factors["x"][rows]]) / 2 - 0.5).astype(int)
@@ -84,7 +101,6 @@ def test_solid_objects_have_the_hue_of_their_name_at_their_centre(data):
 
 def test_half_of_the_scenes_are_inverted_in_lightness_and_keep_their_hue(data):
     """By the standard library's HLS model, on the same scenes rendered both ways, without light."""
-    from shapes import _render
     f = {k: v[:40].copy() for k, v in data.factors.items()} | {"light": np.ones(40)}
     images = [_render(f | {"inverted": np.full(40, flag)}, 32) for flag in (False, True)]
     normal, inverted = (image.reshape(-1, 3)[::7] for image in images)
@@ -94,8 +110,8 @@ def test_half_of_the_scenes_are_inverted_in_lightness_and_keep_their_hue(data):
     turn = np.abs(np.exp(2j * np.pi * hls[:, 0]) - np.exp(2j * np.pi * hls_inverted[:, 0]))
     strong = np.ptp(normal, axis=1) > 60  # the hue of a grey says nothing
     assert strong.sum() > 1000 and turn[strong].max() < 0.05
-    column = data.attributes[:, data.attribute_names.index("tone=inverted")]
-    assert np.array_equal(column, data.factors["inverted"]) and abs(column.mean() - 0.5) < 0.03
+    tone = column(data, "tone=inverted")
+    assert np.array_equal(tone, data.factors["inverted"]) and abs(tone.mean() - 0.5) < 0.03
 
 
 def coverage(data, rows):
@@ -140,9 +156,8 @@ def test_rotation_turns_clockwise_by_degrees(data):
 
 def test_second_object_is_where_and_what_the_factors_say(data):
     """Images with and without it, all else equal, differ in the second object's area alone."""
-    from shapes import _render
-    for kind, area in (("disk", np.pi * 0.81), ("square", 1.56 ** 2), ("triangle", 0.75 * np.sqrt(3))):
-        rows = select(data, second=kind)[:50]
+    for shape, area in (("disk", np.pi * 0.81), ("square", 1.56 ** 2), ("triangle", 0.75 * np.sqrt(3))):
+        rows = select(data, second=shape)[:50]
         f = {k: v[rows] for k, v in data.factors.items()}
         changed = (_render(f | {"second": np.zeros(len(rows), int)}, 32) != data.images[rows]).any(axis=3)
         size, middle = f["second_size"], np.arange(32) * 2 + 1
@@ -157,8 +172,7 @@ def test_second_object_is_where_and_what_the_factors_say(data):
 def test_thresholded_attributes_are_their_factors(data):
     bounds = {"position=right": ("x", 32), "position=low": ("y", 32), "size=large": ("size", 21.5)}
     for name, (factor, bound) in bounds.items():
-        column = data.attributes[:, data.attribute_names.index(name)]
-        assert np.array_equal(column, data.factors[factor] > bound)
+        assert np.array_equal(column(data, name), data.factors[factor] > bound)
 
 
 def test_objects_stand_out_from_every_background(data):
@@ -167,21 +181,64 @@ def test_objects_stand_out_from_every_background(data):
         assert np.linalg.norm(light[:, None] - back[None], axis=-1).min() > 0.35
 
 
-def test_twice_the_resolution_shows_the_same_scenes():
-    fine, coarse = Shapes(200, seed=5, size=64).images.astype(float), Shapes(200, seed=5).images.astype(float)
-    small = fine.reshape(200, 32, 2, 32, 2, 3).mean(axis=(2, 4))
-    assert np.abs(small - coarse).mean() < 2.5  # of 255; other scenes differ by about 70
+def test_a_batch_has_images_channels_first_labels_and_positions(data):
+    batch = data.batch([5, 2, 5])
+    assert batch["images"].dtype == torch.uint8 and batch["images"].shape == (3, 3, 32, 32)
+    assert np.array_equal(batch["images"].numpy().transpose(0, 2, 3, 1), data.images[[5, 2, 5]])
+    assert batch["labels"].tolist() == data.labels[[5, 2, 5]].tolist()
+    assert batch["index"].tolist() == [5, 2, 5]
+    assert batch["labels"].dtype == batch["index"].dtype == torch.int64 and not data.on_disk
 
 
-def test_items_are_the_images_channels_first(data):
-    images, labels = data.__getitems__([5, 2, 5])
-    assert images.dtype == torch.uint8 and images.shape == (3, 3, 32, 32) and labels.dtype == torch.int64
-    assert np.array_equal(images.numpy().transpose(0, 2, 3, 1), data.images[[5, 2, 5]])
-    assert labels.tolist() == data.labels[[5, 2, 5]].tolist()
+# teacher and judge
+
+def inputs(data, count):
+    return data.batch(range(count))["images"].float() / 127.5 - 1
 
 
-@pytest.mark.parametrize("wrong", [{"num": 0}, {"num": 5, "split": "test"}, {"num": 5, "size": 4},
-                                   {"num": 5, "seed": -1}])
-def test_wrong_arguments_say_what_is_wanted(wrong):
-    with pytest.raises(ValueError, match="split is 'test'|want num >= 1"):
-        Shapes(**wrong)
+def test_teacher_tells_scenes_apart_and_is_centred():
+    """Two frames of a scene are closer than two scenes, and no direction is common to all images."""
+    teacher = load_teacher()
+    with torch.no_grad():
+        first, second = (teacher(inputs(Shapes(400, 3, "val", frame=k), 400)) for k in (0, 1))
+    assert first.shape == (400, 16, 128) and first.dtype == torch.float32
+    same = F.cosine_similarity(first, second, dim=-1).mean()
+    other = F.cosine_similarity(first, second.roll(1, 0), dim=-1).mean()
+    assert same > 0.6 and abs(other) < 0.1
+    assert first.mean(0).norm(dim=-1).mean() < 0.2 * first.norm(dim=-1).mean()
+
+
+def test_judge_knows_every_factor_also_of_soft_images():
+    """On 11,000 scenes it reached 0.9999 of the classes and 0.93 or more of every factor, its file says."""
+    test, judge = Shapes(500, 77, "val"), load_judge()
+    for blur, noise in ((0.0, 0.0), (0.8, 0.15)):
+        accuracy = train.judge_accuracy(judge, test, blur, noise)
+        assert accuracy["class"] > 0.99 and min(accuracy.values()) > 0.88, accuracy
+
+
+def test_training_writes_files_that_load(tmp_path, monkeypatch):
+    """Few steps on few scenes; from the second step on, the teacher's own clusters are in the batch."""
+    for name, value in {"MINE_EVERY": 1, "CLUSTERS": 6, "PAIRS": 16}.items():
+        monkeypatch.setattr(train, name, value)
+    frames = [Shapes(200, 1, frame=k) for k in range(2)]
+    settings = {"steps": 3, "seed": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    teacher = train.train_teacher([frame.images for frame in frames], **settings)
+    judge = train.train_judge(frames[0], **settings)
+    x = inputs(frames[0], 200)
+    for net, config in ((teacher, {"dim": 128}), (judge, {"num_classes": 10, "num_attributes": 41})):
+        with torch.no_grad():
+            before = net(x)
+            train.save(tmp_path / "net.pt", net, config, {"good": 1.0}, train.parse_args([]))
+            after = load(tmp_path / "net.pt", type(net))(x)
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)  # the weights had been rounded before
+    assert after[0].shape == (200, 128) and after[1].shape == (200, 10)  # the judge's features and logits
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda: Shapes(0), lambda: Shapes(5, split="test"), lambda: Shapes(5, size=4), lambda: Shapes(5, seed=-1),
+    lambda: load_teacher()(torch.zeros(1, 3, 64, 64)), lambda: load_judge()(torch.zeros(1, 3, 64, 64)),
+    lambda: load_teacher(__file__), lambda: load_judge(ROOT / "shapes" / "teacher.pt"),
+    lambda: load_judge("none.pt")])
+def test_wrong_sizes_and_files_are_refused(wrong):
+    with pytest.raises((ValueError, FileNotFoundError)):
+        wrong()

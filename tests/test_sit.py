@@ -1,35 +1,31 @@
-"""SiT: the network against the published ones (golden), initialisation, shapes, interpolant, loss, loading.
+"""SiT: the network against the published ones (golden), initialisation, shapes, interpolant, loss, labels.
 
-    pytest tests/test_sit.py          about 20 s on 2 CPU cores
+    python -m pytest tests/test_sit.py        about 10 s on 2 cores, no network
 """
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fill_by_name, read_fixture, tensor
+from small import SIT_CONFIG, small_sit
 from torch import nn
 
 import sit
+from data import normalize_latents
+from mapper import alignment_loss
 from sit import SIT_SIZES, SiT, SiTConfig
 
 MANIFEST, ARCHIVE = read_fixture("sit")
+LOSS_MANIFEST, LOSS_ARCHIVE = read_fixture("sit_loss")
 CASES = MANIFEST["cases"]
 FORWARD = [name for name, case in CASES.items() if "config" in case and "v" in case["outputs"]]
 TRAIN = [name for name, case in CASES.items() if "rand" in case["inputs"] and "config" not in case]
-REPAE = [name for name, case in CASES.items() if "noise" in case["inputs"]]
-BATCH_NORM = [name for name, case in CASES.items() if "bn_out" in case["outputs"]]
-TINY = SiTConfig(input_size=4, in_channels=3, hidden_size=32, depth=3, num_heads=2, num_classes=10,
-                 z_dims=(6,), encoder_depth=2, projector_dim=16)
-
-
-class RepaE(SiT):
-    """REPA-E's SiT: ours with its affine-free BatchNorm of the latents in front (ours lives in data.py)."""
-
-    def __init__(self, cfg, momentum):
-        super().__init__(cfg)
-        self.bn = nn.BatchNorm2d(cfg.in_channels, eps=1e-4, momentum=momentum, affine=False)
+REPAE = [name for name, case in CASES.items()  # we have no cosine path
+         if "noise" in case["inputs"] and case["config"]["path_type"] == "linear"]
+LINEAR = [name for name, case in LOSS_MANIFEST["cases"].items() if case["config"]["path_type"] == "linear"]
+PROJECTED = dict(z_dims=(6,), encoder_depth=2, projector_dim=16)  # a small SiT with a teacher of width 6
 
 
 def config_of(published):
@@ -41,27 +37,19 @@ def config_of(published):
 
 
 def published_model(case):
-    config = config_of(case["config"])
-    momentum = case["config"].get("bn_momentum")
-    model = SiT(config) if momentum is None else RepaE(config, momentum)
+    model = SiT(config_of(case["config"]))
+    if "bn_momentum" in case["config"]:  # REPA-E's BatchNorm of the latents; ours are normalised by data.py
+        model.bn = nn.BatchNorm2d(model.config.in_channels, 1e-4, case["config"]["bn_momentum"], affine=False)
     return fill_by_name(model.eval(), MANIFEST, case["tensors"], ARCHIVE)
 
 
-def random_model(cfg=TINY, seed=0):
-    """A SiT whose zero-initialised layers are random too, so that every path through it shows."""
-    torch.manual_seed(seed)
-    model = SiT(cfg)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
-    return model.eval()
+def stored(name, *keys):
+    return [tensor(ARCHIVE, f"{name}/{key}") for key in keys]
 
 
-def draw_inputs(cfg=TINY, batch=4, size=None, seed=1):
-    torch.manual_seed(seed)
-    h, w = size or (cfg.input_size, cfg.input_size)
-    return torch.randn(batch, cfg.in_channels, h, w), torch.rand(batch), torch.arange(batch) % cfg.num_classes
+def draw_inputs(batch=4, h=8, w=8):
+    torch.manual_seed(1)
+    return torch.randn(batch, 4, h, w), torch.rand(batch), torch.arange(batch) % 3
 
 
 def compare(name, values, atol=None):
@@ -72,27 +60,24 @@ def compare(name, values, atol=None):
     largest value. An eps of 1e-5 for 1e-6 in a LayerNorm moves each network's outputs by 6e-7 at least.
     """
     for key, value in values.items():
-        stored = f"{name}/{key}@f64" if atol is None else f"{name}/{key}"
-        if stored in ARCHIVE:
-            expected = tensor(ARCHIVE, stored)
+        entry = f"{name}/{key}@f64" if atol is None else f"{name}/{key}"
+        if entry in ARCHIVE:
+            expected = tensor(ARCHIVE, entry)
             allowed = 1e-7 * expected.abs().max().item() if atol is None else atol
             torch.testing.assert_close(value.detach().to(expected.dtype), expected, atol=allowed, rtol=0,
-                                       msg=lambda message: f"{stored}: {message}")
+                                       msg=lambda message: f"{entry}: {message}")
 
-
-# published networks
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_the_forward_pass_equals_the_published_network(name):
-    case = CASES[name]
-    model = published_model(case)
-    x, t, y = (tensor(ARCHIVE, f"{name}/{key}") for key in ("x", "t", "y"))
+    model = published_model(CASES[name])
+    x, t, y = stored(name, "x", "t", "y")
     waves = []
     model.t_embedder.mlp.register_forward_pre_hook(lambda _, args: waves.append(args[0]))
     v, zs = model(x, t, y, return_projections=True)
     outputs = {"v": v, **{f"zs{i}": z for i, z in enumerate(zs)}, "pos_embed": model.pos_embed,
                "t_emb": model.t_embedder(t), "t_freq": waves[0]}
-    assert {key for key in case["outputs"] if key != "cfg_v"} <= set(outputs)
+    assert {key for key in CASES[name]["outputs"] if key != "cfg_v"} <= set(outputs)
     compare(name, outputs, atol=2e-5)
     v, zs = model.double()(x.double(), t, y, return_projections=True)
     compare(name, {"v": v, **{f"zs{i}": z for i, z in enumerate(zs)}})
@@ -105,40 +90,39 @@ def test_guidance_equals_the_published_one_on_the_three_channels_that_it_guides(
     recipe = CASES[name]["inputs"]["cfg_y"]["recipe"]
     scale = float(re.search(r"cfg_scale = ([\d.]+)", recipe)[1])
     row = int(re.search(r"cfg_t = t\[(\d+)\]", recipe)[1])
-    y, expected = (tensor(ARCHIVE, f"{name}/{key}") for key in ("cfg_y", "cfg_v"))
+    x, t, y, expected = stored(name, "x", "t", "cfg_y", "cfg_v")
     n = len(y) // 2
-    x, t = tensor(ARCHIVE, f"{name}/x")[:n], tensor(ARCHIVE, f"{name}/t")[row].repeat(n)
+    x, t = x[:n], float(t[row])
     assert (y[n:] == model.null_label).all()
     guided = sit.guided_velocity(model, x, t, y[:n], scale)
     torch.testing.assert_close(guided[:, :3], expected[:n, :3], atol=5e-5, rtol=0)
-    torch.testing.assert_close(model(x, t, y[:n])[:, 3:], expected[:n, 3:], atol=2e-5, rtol=0)
+    plain = model(x, torch.full((n,), t), y[:n])
+    torch.testing.assert_close(plain[:, 3:], expected[:n, 3:], atol=2e-5, rtol=0)
     assert (guided[:, 3:] - expected[:n, 3:]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", TRAIN)
 def test_label_dropout_in_front_of_the_network_equals_the_published_training_mode(name):
-    case = CASES[name]
-    base = next(key for key in FORWARD if CASES[key]["tensors"] == case["tensors"])
+    base = next(key for key in FORWARD if CASES[key]["tensors"] == CASES[name]["tensors"])
     model = published_model(CASES[base])
-    x, t, y = (tensor(ARCHIVE, f"{base}/{key}") for key in ("x", "t", "y"))
+    x, t, y = stored(base, "x", "t", "y")
     rate = CASES[base]["config"]["class_dropout_prob"]
-    dropped = sit.drop_labels(y, tensor(ARCHIVE, f"{name}/rand"), rate, model.null_label)
+    dropped = sit.drop_labels(y, *stored(name, "rand"), rate, model.null_label)
     assert (dropped != y).any()
     compare(name, {"v": model(x, t, dropped)}, atol=2e-5)
 
 
 def repae_forward(name, model, training=False, dtype=torch.float32):
     """Rebuild REPA-E's forward: BatchNorm, interpolant, both losses. Returns x, with its graph, and all."""
-    case = CASES[name]
-    x, y, t, noise = (tensor(ARCHIVE, f"{name}/{key}") for key in ("x", "y", "t", "noise"))
+    x, y, t, noise = stored(name, "x", "y", "t", "noise")
     if training:
-        rate = case["config"]["class_dropout_prob"]
-        y = sit.drop_labels(y, tensor(ARCHIVE, f"{name}/rand"), rate, model.null_label)
+        rate = CASES[name]["config"]["class_dropout_prob"]
+        y = sit.drop_labels(y, *stored(name, "rand"), rate, model.null_label)
     x = x.to(dtype).requires_grad_()
     model.bn.train(training)
-    z_t, v = sit.interpolate(model.bn(x), noise.to(dtype), t.flatten().to(dtype), case["config"]["path_type"])
+    z_t, v = sit.interpolate(model.bn(x), noise.to(dtype), t.flatten().to(dtype))
     v_pred, zs = model(z_t, t.flatten(), y, return_projections=True)
-    targets = [tensor(ARCHIVE, f"{name}/z{k}").to(dtype) for k in range(len(zs))]
+    targets = [target.to(dtype) for target in stored(name, *(f"z{k}" for k in range(len(zs))))]
     cosines = [F.cosine_similarity(z, target, dim=-1).mean() for z, target in zip(zs, targets)]
     outputs = {"model_output": v_pred, "denoising_loss": sit.flow_loss(v_pred, v),
                "proj_loss": -sum(cosines) / len(zs), **{f"zs_tilde{k}": z for k, z in enumerate(zs)}}
@@ -147,22 +131,18 @@ def repae_forward(name, model, training=False, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", REPAE)
 def test_the_evaluation_forward_equals_repa_e(name):
-    model = published_model(CASES[name])
-    x, outputs = repae_forward(name, model)
-    compare(name, outputs, atol=2e-5)
-    gradient, = torch.autograd.grad(outputs["eval_proj_loss"], x)
+    model, (x, t, y) = published_model(CASES[name]), stored(name, "x", "t", "y")
+    latents, outputs = repae_forward(name, model)
+    gradient, = torch.autograd.grad(outputs["eval_proj_loss"], latents)
     compare(name, {"align_grad_x": gradient}, atol=1e-4 * float(gradient.abs().max()))
-    plain = [tensor(ARCHIVE, f"{name}/{key}") for key in ("x", "t", "y")]
-    plain[1] = plain[1].flatten()
-    compare(name, {"inference_v": model(*plain), "latents_scale": model.bn.running_var.rsqrt(),
-                   "latents_bias": model.bn.running_mean}, atol=2e-5)
-    for key in CASES[name]["outputs"]:
-        if key.startswith("feats_depth"):
-            tokens = model.features(*plain, block=int(key.removeprefix("feats_depth")))
-            compare(name, {key: tokens}, atol=2e-5)
+    t, prefix = t.flatten(), "feats_depth"
+    blocks = [key.removeprefix(prefix) for key in CASES[name]["outputs"] if key.startswith(prefix)]
+    tokens = {prefix + block: model.features(x, t, y, int(block)) for block in blocks}
+    compare(name, {**outputs, **tokens, "inference_v": model(x, t, y), "latents_bias": model.bn.running_mean,
+                   "latents_scale": model.bn.running_var.rsqrt()}, atol=2e-5)
     model.double()
-    compare(name, repae_forward(name, model, dtype=torch.float64)[1])
-    compare(name, {"inference_v": model(plain[0].double(), *plain[1:])})
+    outputs = repae_forward(name, model, dtype=torch.float64)[1]
+    compare(name, {**outputs, "inference_v": model(x.double(), t, y)})
 
 
 @pytest.mark.parametrize("name", REPAE)
@@ -177,19 +157,15 @@ def test_one_training_forward_and_its_gradients_equal_repa_e(name):
     gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     assert sorted(gradients) == sorted(case["grad_names"])
     norms = torch.stack([gradients[key].double().norm() for key in case["grad_names"]])
-    torch.testing.assert_close(norms, tensor(ARCHIVE, f"{name}/train_grad_norms"), rtol=1e-4, atol=1e-6)
-    for key in case["outputs"]:
-        if key.startswith("train_grad:"):
-            gradient = gradients[key.removeprefix("train_grad:")]
-            compare(name, {key: gradient}, atol=1e-4 * float(gradient.abs().max()))
+    torch.testing.assert_close(norms, *stored(name, "train_grad_norms"), rtol=1e-4, atol=1e-6)
+    for key, gradient in gradients.items():
+        compare(name, {f"train_grad:{key}": gradient}, atol=1e-4 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("name", BATCH_NORM)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "bn_out" in case["outputs"]])
 def test_repa_e_normalises_latents_as_ours_up_to_its_eps(name):
     """REPA-E's BatchNorm has eps 1e-4 in the variance, its exported scale and normalize_latents have not."""
-    from data import normalize_latents
-    x, scale, bias, variance = (tensor(ARCHIVE, f"{name}/{key}") for key in
-                                ("x", "latents_scale", "latents_bias", "running_var"))
+    x, scale, bias, variance = stored(name, "x", "latents_scale", "latents_bias", "running_var")
     torch.testing.assert_close(scale**-2, variance, rtol=1e-6, atol=0)
     ours = normalize_latents(x, bias, 1 / scale) * (variance / (variance + 1e-4)).sqrt().view(1, -1, 1, 1)
     compare(name, {"bn_out": ours}, atol=2e-5)
@@ -199,349 +175,146 @@ def test_repa_e_normalises_latents_as_ours_up_to_its_eps(name):
 def test_parameter_counts_equal_the_published_sizes(published):
     """On the meta device. REPA's SiT-S has a final layer of width 768 on tokens of 384 and cannot run."""
     name = re.search(r"SiT-(\w+/\d+)", published["label"]).group(1)
-    kwargs = {"learn_sigma": False, **published["kwargs"]}
     with torch.device("meta"):
-        model = SiT(config_of({**kwargs, **SIT_SIZES[name]}))
-    count = {key: p.numel() for key, p in model.named_parameters()}
-    part = {name: sum(n for key, n in count.items() if key.startswith(name))
-            for name in ("final_layer", "projectors")}
+        model = SiT(config_of({"learn_sigma": False, **published["kwargs"], **SIT_SIZES[name]}))
     outputs, width = published["final_layer_linear"]
-    published_final = outputs * width + outputs + 2 * width * width + 2 * width
-    assert sum(count.values()) - part["final_layer"] + published_final == published["params_total"]
-    assert part["final_layer"] == published_final or width != model.config.hidden_size
-    assert count["pos_embed"] == published["params_pos_embed"]
-    assert part["projectors"] == published["params_projectors"]
+    if width != model.config.hidden_size:
+        model.final_layer = sit.FinalLayer(width, outputs)
+    assert sum(p.numel() for p in model.parameters()) == published["params_total"]
+    assert model.pos_embed.numel() == published["params_pos_embed"]
+    assert sum(p.numel() for p in model.projectors.parameters()) == published["params_projectors"]
     assert len(model.state_dict()) == published["n_state_dict_keys"] - len(published["buffers"])
 
 
-@pytest.mark.parametrize("table", [key for key in MANIFEST["tensors"] if key.startswith("published_keys:")])
-def test_state_dict_names_and_shapes_equal_the_published_ones(table):
-    rules = {key: tuple(rule["shape"]) for key, rule in MANIFEST["tensors"][table].items()}
-    state = {key: torch.empty(shape, device="meta") for key, shape in rules.items()}
-    cfg = sit._infer_config(state, "x.pt")
-    name = re.search(r"SiT-(\w+/\d+)", table).group(1)
-    assert {key: getattr(cfg, key) for key in SIT_SIZES[name]} == SIT_SIZES[name]
-    with torch.device("meta"):
-        ours = {key: tuple(value.shape) for key, value in SiT(cfg).state_dict().items()}
-    assert ours == {key: shape for key, shape in rules.items() if not key.startswith("bn.")}
-
-
-LOSS_MANIFEST, LOSS_ARCHIVE = read_fixture("sit_loss")
-
-
-@pytest.mark.parametrize("name", LOSS_MANIFEST["cases"])
+@pytest.mark.parametrize("name", LINEAR)
 def test_times_interpolant_and_losses_equal_repa(name):
-    from mapper import alignment_loss
     case = LOSS_MANIFEST["cases"][name]
-    config, inputs = case["config"], case["inputs"]
-    get = {key: tensor(LOSS_ARCHIVE, f"{name}/{key}") for key in (*inputs, *case["outputs"])}
+    get = {key: tensor(LOSS_ARCHIVE, f"{name}/{key}") for key in (*case["inputs"], *case["outputs"])}
     # REPA draws a normal for "lognormal"; ours turns a uniform draw into that normal.
     u = get["rand"].flatten() if "rand" in get else torch.special.ndtr(get["randn"].double().flatten())
-    t = sit.sample_t(u, config["weighting"], config["path_type"]).float()
-    z_t, v = sit.interpolate(get["images"], get["noise"], t, config["path_type"])
+    t = sit.sample_t(u, case["config"]["weighting"]).float()
+    assert sit.sample_t(torch.zeros(1), case["config"]["weighting"]) == 0  # this draw must not give NaN
+    z_t, v = sit.interpolate(get["images"], get["noise"], t)
     loss = sit.flow_loss(get["model_output"], v)
     for value, key in ((t, "t"), (z_t, "model_input"), (loss, "denoising_loss")):
         torch.testing.assert_close(value, get[key], rtol=1e-6, atol=1e-6)
-    teachers = [key.removeprefix("zs") for key in inputs if re.fullmatch(r"zs\d+", key)]
+    teachers = [key.removeprefix("zs") for key in case["inputs"] if re.fullmatch(r"zs\d+", key)]
     losses = [alignment_loss(get[f"zs_tilde{k}"], get[f"zs{k}"]) - 1 for k in teachers]
     torch.testing.assert_close(sum(losses) / len(losses), get["proj_loss"], rtol=1e-6, atol=1e-6)
 
 
-# initialisation
-
-def test_a_fresh_network_outputs_exactly_zero():
+def test_a_fresh_network_outputs_exactly_zero_and_its_blocks_are_the_identity():
     z, t, y = draw_inputs()
-    torch.manual_seed(0)
-    model = SiT(TINY)
-    v_pred, projections = model(z, t, y, return_projections=True)
-    assert torch.equal(v_pred, torch.zeros_like(z)) and projections[0].abs().min() > 0
-    _, v = sit.interpolate(z, torch.randn_like(z), t)
-    assert torch.equal(sit.flow_loss(v_pred, v), v.square().mean(dim=(1, 2, 3)))
-
-
-def test_blocks_of_a_fresh_network_are_the_identity():
-    z, t, y = draw_inputs()
-    model = SiT(TINY)
-    embedded = model.x_embedder(z) + model.pos_embed
-    assert torch.equal(model.features(z, t, y, block=3), embedded)
+    model = SiT(replace(SIT_CONFIG, **PROJECTED))
+    v, (projection,) = model(z, t, y, return_projections=True)
+    assert torch.equal(v, torch.zeros_like(z)) and projection.abs().min() > 0
+    assert torch.equal(model.features(z, t, y, block=3), model.x_embedder(z) + model.pos_embed)
 
 
 def test_initial_weights_have_the_published_distributions():
     torch.manual_seed(0)
     model = SiT(SiTConfig(patch_size=2, in_channels=8, hidden_size=384, depth=1, num_heads=6, num_classes=200,
-                          z_dims=(64,), encoder_depth=1)).requires_grad_(False)
-    block = model.blocks[0]
-    xavier = (block.attn.qkv, block.mlp.fc1, model.projectors[0][2], model.x_embedder.proj)
-    for weight in (layer.weight.flatten(1) for layer in xavier):
-        bound = (6 / (weight.shape[0] + weight.shape[1])) ** 0.5  # Xavier: uniform in +- bound
+                          z_dims=(64,), encoder_depth=1))
+    block, t_mlp = model.blocks[0], model.t_embedder.mlp
+    for layer in (block.attn.qkv, block.mlp.fc1, model.projectors[0][2], model.x_embedder.proj):
+        weight = layer.weight.detach().flatten(1)
+        bound = (6 / sum(weight.shape)) ** 0.5  # Xavier: uniform in +- bound
         assert 0.98 * bound < weight.abs().max() <= bound
         assert abs(float(weight.std()) / (bound / 3**0.5) - 1) < 0.03
-    for layer in (model.y_embedder.embedding_table, model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
-        assert abs(float(layer.weight.std()) / 0.02 - 1) < 0.03
+    for layer in (model.y_embedder.embedding_table, t_mlp[0], t_mlp[2]):
+        assert abs(float(layer.weight.detach().std()) / 0.02 - 1) < 0.03
     biases = [value for key, value in model.named_parameters() if key.endswith("bias")]
     assert len(biases) == 13 and not any(bias.any() for bias in biases)
-    assert not SiT(TINY).pos_embed.requires_grad
-
-
-# positions, patches, sizes
-
-def test_positions_encode_column_then_row_with_sine_then_cosine():
-    dim, h, w = 16, 3, 5
-    pos = sit.sincos_pos_embed(dim, h, w)[0].double()
-    for row in range(h):
-        for column in range(w):
-            for k in range(dim // 4):
-                omega = 10000 ** (-k / (dim / 4))
-                quarter = pos[row * w + column].view(4, dim // 4)[:, k]
-                angles = torch.tensor([column * omega, row * omega], dtype=torch.float64)
-                expected = torch.stack([angles.sin(), angles.cos()], dim=1).flatten()
-                torch.testing.assert_close(quarter, expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("h, w, p", [(3, 3, 2), (2, 5, 2), (4, 1, 3), (3, 4, 1)])
-def test_unpatchify_undoes_cutting_into_patches(h, w, p):
-    """Patches row by row, each with its values in the order row, column, channel."""
-    image = torch.randn(2, 3, h * p, w * p)
-    cut = [image[:, :, i * p:(i + 1) * p, j * p:(j + 1) * p] for i in range(h) for j in range(w)]
-    patches = torch.stack([patch.permute(0, 2, 3, 1).flatten(1) for patch in cut], dim=1)
-    assert torch.equal(sit.unpatchify(patches, h, w, p), image)
+    assert not model.pos_embed.requires_grad
 
 
 def test_a_patch_of_the_input_reaches_the_same_patch_of_the_output():
     """Token order in = token order out, also for a non-square latent: without attention a patch is local."""
-    cfg = SiTConfig(**{**asdict(TINY), "input_size": 8, "patch_size": 2})
     torch.manual_seed(0)
-    model = SiT(cfg)
+    model = SiT(replace(SIT_CONFIG, patch_size=2))
     nn.init.normal_(model.final_layer.linear.weight)
-    z, t, y = draw_inputs(cfg, batch=1, size=(4, 10))
-    changed = z.clone()
+    z, t, y = draw_inputs(batch=1, h=4, w=10)
+    changed, expected = z.clone(), torch.zeros(4, 10, dtype=torch.bool)
     changed[:, :, 2:4, 6:8] += 1
-    moved = (model(changed, t, y) - model(z, t, y)).abs().sum(1)[0] > 0
-    expected = torch.zeros(4, 10, dtype=torch.bool)
     expected[2:4, 6:8] = True
-    assert torch.equal(moved, expected)
+    assert torch.equal((model(changed, t, y) - model(z, t, y)).abs().sum(1)[0] > 0, expected)
 
 
-@pytest.mark.parametrize("size", [(3, 8), (8, 3), (8, 8)])
-def test_other_latent_sizes_run_with_the_same_absolute_positions(size):
+@pytest.mark.parametrize("h, w", [(3, 10), (10, 3), (10, 10)])
+def test_other_latent_sizes_run_with_the_same_absolute_positions(h, w):
     """As a network of that nominal size; a non-square grid has a part of the square one's positions."""
-    h, w = size
-    square = sit.sincos_pos_embed(32, 8, 8).view(8, 8, 32)
-    assert torch.equal(sit.sincos_pos_embed(32, h, w), square[:h, :w].reshape(1, h * w, 32))
-    model, inputs = random_model(), draw_inputs(size=size)
-    larger = SiT(SiTConfig(**{**asdict(TINY), "input_size": 8}))
+    model, larger, inputs = small_sit(), small_sit(input_size=10), draw_inputs(h=h, w=w)
     larger.load_state_dict({**model.state_dict(), "pos_embed": larger.pos_embed})
     assert torch.equal(larger(*inputs), model(*inputs))
+    part = larger.pos_embed.view(10, 10, -1)[:h, :w].reshape(1, h * w, -1)
+    assert torch.equal(sit.sincos_pos_embed(model.config.hidden_size, h, w), part)
 
 
-# interpolant, times, loss, labels
-
-@pytest.mark.parametrize("path", ["linear", "cosine"])
-def test_the_interpolant_is_data_at_0_and_noise_at_1_and_v_is_its_time_derivative(path):
-    torch.manual_seed(0)
+def test_the_interpolant_is_data_at_0_and_noise_at_1_and_v_is_its_time_derivative():
     z, eps = torch.randn(2, 5, 3, 2, 2).double()
-    for end, value in ((z, 0.0), (eps, 1.0)):
-        z_t, _ = sit.interpolate(z, eps, torch.full((5,), value).double(), path)
-        torch.testing.assert_close(z_t, end, atol=1e-15, rtol=0)
-    t, h = torch.linspace(0.01, 0.99, 5).double(), 1e-5
-    later, earlier = (sit.interpolate(z, eps, t + step, path)[0] for step in (h, -h))
-    difference = (later - earlier) / (2 * h)
-    torch.testing.assert_close(difference, sit.interpolate(z, eps, t, path)[1], atol=1e-8, rtol=0)
-
-
-def test_the_linear_velocity_is_noise_minus_data():
-    z, eps = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
-    assert torch.equal(sit.interpolate(z, eps, torch.rand(2))[1], eps - z)
-
-
-def test_lognormal_times_have_a_normal_log_ratio_of_noise_to_data():
-    u = (torch.arange(10000).double() + 0.5) / 10000
-    for path in ("linear", "cosine"):
-        t = sit.sample_t(u, "lognormal", path)
-        alpha, sigma, _, _ = sit.path_coefficients(t, path)
-        log_ratio = (sigma / alpha).log()
-        assert abs(float(log_ratio.mean())) < 1e-6 and abs(float(log_ratio.std()) - 1) < 1e-3
-        assert (t.diff() > 0).all()
-    assert torch.equal(sit.sample_t(u), u)
-    assert sit.sample_t(torch.zeros(1), "lognormal") == 0  # the draw 0 is possible and must not give NaN
+    t = torch.tensor([0, 0.25, 0.5, 0.75, 1]).double()
+    z_t, v = sit.interpolate(z, eps, t)
+    assert torch.equal(z_t[0], z[0]) and torch.equal(z_t[4], eps[4]) and torch.equal(v, eps - z)
+    torch.testing.assert_close(sit.interpolate(z, eps, t + 0.1)[0], z_t + 0.1 * v)
 
 
 def test_the_flow_loss_is_a_float32_mean_per_image_also_under_half_precision():
-    v_pred, v = torch.full((2, 4, 64, 64), 300.0, dtype=torch.float16), torch.zeros(2, 4, 64, 64)
-    v_pred[1] = 2.0
-    loss = sit.flow_loss(v_pred, v)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, torch.tensor([90000.0, 4.0]))  # 300^2 overflows fp16
+    v_pred = torch.tensor([300.0, 2.0]).half().view(2, 1, 1, 1).expand(2, 4, 64, 64)
+    loss = sit.flow_loss(v_pred, torch.zeros(2, 4, 64, 64))
+    assert loss.dtype == torch.float32 and loss.tolist() == [90000, 4]  # 300^2 overflows fp16
 
 
-def test_labels_are_dropped_at_the_asked_rate():
-    n, p = 200_000, 0.1
-    y = torch.arange(n) % 10
-    dropped = sit.drop_labels(y, torch.rand(n, generator=torch.Generator().manual_seed(0)), p, 10)
-    rate = float((dropped == 10).double().mean())
-    assert abs(rate - p) < 5 * (p * (1 - p) / n) ** 0.5  # false alarm once in two million seeds
-    assert torch.equal(dropped[dropped < 10], y[dropped < 10])
-    u = torch.rand(100)
-    assert torch.equal(sit.drop_labels(y[:100], u, 0.0, 10), y[:100])
-    assert (sit.drop_labels(y[:100], u, 1.0, 10) == 10).all()
-
-
-def test_the_null_label_is_the_number_of_classes_and_no_class():
-    model = random_model()
-    assert model.null_label == 10 and model.y_embedder.embedding_table.num_embeddings == 11
-    z, t, _ = draw_inputs(batch=1)
-    outputs = [model(z, t, torch.tensor([label])) for label in range(11)]
-    assert all((outputs[10] - out).abs().max() > 1e-3 for out in outputs[:10])
-    bare = SiT(SiTConfig(**{**asdict(TINY), "use_null": False}))
-    assert bare.null_label is None and bare.y_embedder.embedding_table.num_embeddings == 10
-
-
-# forward variants
-
-def test_projections_and_features_read_the_tokens_after_the_numbered_block():
-    model, inputs = random_model(), draw_inputs()
-    v, (projection,) = model(*inputs, return_projections=True)
-    tokens = {k: model.features(*inputs, block=k) for k in (1, 2, 3)}
-    assert torch.equal(projection, model.projectors[0](tokens[TINY.encoder_depth]))
-    condition = model.t_embedder(inputs[1]) + model.y_embedder(inputs[2])
-    assert torch.equal(tokens[3], model.blocks[2](model.blocks[1](tokens[1], condition), condition))
-    assert torch.equal(v, model(*inputs))
-
-
-def test_learn_sigma_discards_the_second_half_of_the_channels():
-    cfg = SiTConfig(**{**asdict(TINY), "learn_sigma": True})
-    model, inputs = random_model(cfg), draw_inputs(cfg)
-    v = model(*inputs)
-    with torch.no_grad():
-        model.final_layer.linear.weight.view(2, TINY.in_channels, -1)[1] += 1
-    assert v.shape == inputs[0].shape and torch.equal(model(*inputs), v)
+def test_reversed_time_turns_time_and_velocity_around():
+    """willisma/SiT: t = 0 is noise, v = z - eps."""
+    model, turned = small_sit(**PROJECTED), small_sit(**PROJECTED, reversed_time=True)
+    z, t, y = draw_inputs()
+    v, projections = turned(z, t, y, return_projections=True)
+    expected = model(z, 1 - t, y, return_projections=True)
+    torch.testing.assert_close((-v, projections), expected, atol=0, rtol=0)
+    assert torch.equal(turned.features(z, t, y, 3), model.features(z, 1 - t, y, 3))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
-    for flag in (False, True):
-        model = random_model()
-        model.grad_checkpointing = flag
+    gradients, model = [], small_sit(**PROJECTED).requires_grad_(True)
+    for model.grad_checkpointing in (False, True):
         v, (projection,) = model(*draw_inputs(), return_projections=True)
-        (v.square().mean() + projection.square().mean()).backward()
-        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40
-    for key, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], value, rtol=1e-6, atol=1e-7, msg=key)
-
-
-def test_the_network_runs_on_the_meta_device_for_size_estimates():
-    with torch.device("meta"):
-        v, (projection,) = SiT(TINY)(*draw_inputs(), return_projections=True)
-    assert v.shape == (4, 3, 4, 4) and projection.shape == (4, 16, 6)
+        loss = v.square().mean() + projection.square().mean()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
 
 
 def test_the_whole_network_compiles_to_one_graph():
     """fullgraph raises on any branch that depends on a tensor's values, such as a check of the labels."""
-    model, inputs = random_model(), draw_inputs()
+    model, inputs = small_sit(), draw_inputs()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_under_autocast_times_are_embedded_in_float32_and_tokens_are_summed_in_float32(qk_norm):
-    model, (z, t, y) = random_model(SiTConfig(**{**asdict(TINY), "qk_norm": qk_norm})), draw_inputs()
-    exact = model.t_embedder(t)
+    model, (z, t, y) = small_sit(qk_norm=qk_norm), draw_inputs()
+    exact, expected = model.t_embedder(t), model(z, t, y).detach()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.t_embedder(t), exact)
         assert model.features(z, t, y, block=3).dtype == torch.float32
         v = model(z, t, y)
-    expected = model(z, t, y).detach()
     torch.testing.assert_close(v.float(), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
 
 
-# errors
-
-def test_wrong_inputs_are_named():
-    model, (z, t, y) = random_model(SiTConfig(**{**asdict(TINY), "patch_size": 2})), draw_inputs()
-    with pytest.raises(ValueError, match="6 channels, this SiT wants 3.*moments"):
-        model(torch.cat([z, z], dim=1), t, y)
-    with pytest.raises(ValueError, match="5 channels, this SiT wants 3$"):
-        model(torch.randn(4, 5, 4, 4), t, y)
-    with pytest.raises(ValueError, match="4 x 5 do not divide into patches of 2"):
-        model(torch.randn(4, 3, 4, 5), t, y)
-    for label in (-1, 11):
-        with pytest.raises(ValueError, match=f"label {label} is outside 0..10"):
-            model(z, t, torch.tensor([0, 10, label, 1]))
-    with pytest.raises(ValueError, match="block 0 is outside 1..3"):
-        model.features(z, t, y, block=0)
-    with pytest.raises(ValueError, match="encoder_depth 8 is outside 1..3"):
-        SiT(SiTConfig(**{**asdict(TINY), "encoder_depth": 8}))
-    with pytest.raises(ValueError, match="'cosin'"):
-        sit.interpolate(z, z, t, "cosin")
-    with pytest.raises(ValueError, match="'normal'"):
-        sit.sample_t(t, "normal")
-    with pytest.raises(ValueError, match="32 is not divisible by 5 heads"):
-        sit.Attention(32, 5)
+Z, T, Y = draw_inputs()
+REFUSALS = [
+    ("moments", lambda: small_sit()(torch.cat([Z, Z], dim=1), T, Y), ValueError, "moments"),
+    ("size", lambda: small_sit(patch_size=2)(Z[..., :5], T, Y), ValueError, "8 x 5"),
+    ("negative label", lambda: small_sit()(Z, T, Y - 1), ValueError, "outside 0..3"),
+    ("label too high", lambda: small_sit()(Z, T, Y + 2), ValueError, "outside 0..3"),
+    ("block", lambda: small_sit().features(Z, T, Y, block=0), ValueError, "block 0"),
+    ("encoder depth", lambda: SiT(replace(SIT_CONFIG, z_dims=(6,), encoder_depth=8)), ValueError, "depth 8"),
+    ("times", lambda: sit.sample_t(T, "normal"), ValueError, "'normal'"),
+    ("heads", lambda: sit.Attention(32, 5), ValueError, "5 heads"),
+    ("positions", lambda: sit.sincos_pos_embed(6, 2, 2), ValueError, "multiple of 4")]
 
 
-# checkpoints
-
-def write_checkpoint(path, **changes):
-    model, ema = random_model(seed=0), random_model(seed=1)
-    torch.save({"format": "nanosendvae-sit", "step": 7, "model": model.state_dict(), "ema": ema.state_dict(),
-                "model_config": asdict(TINY), "args": {}, **changes}, path)
-    return model, ema
-
-
-def test_a_checkpoint_gives_back_its_ema_or_raw_network(tmp_path):
-    model, ema = write_checkpoint(tmp_path / "ckpt.pt")
-    inputs = draw_inputs()
-    loaded = sit.load_sit(tmp_path / "ckpt.pt")
-    assert loaded.config == TINY and not loaded.training
-    assert torch.equal(loaded(*inputs), ema(*inputs))
-    assert torch.equal(sit.load_sit(tmp_path / "ckpt.pt", "raw")(*inputs), model(*inputs))
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_wrapped_names_load(tmp_path, prefix):
-    state = {prefix + key: value for key, value in random_model(seed=2).state_dict().items()}
-    write_checkpoint(tmp_path / "ckpt.pt", model=state)
-    inputs = draw_inputs()
-    assert torch.equal(sit.load_sit(tmp_path / "ckpt.pt", "raw")(*inputs), random_model(seed=2)(*inputs))
-
-
-@pytest.mark.parametrize("changes", [{}, {"learn_sigma": True, "z_dims": ()},
-                                     {"z_dims": (8, 4), "qk_norm": True}])
-def test_a_bare_published_state_dict_loads_with_the_shape_read_off_its_tensors(tmp_path, changes):
-    """A named size (tiny), since the heads follow the width; REPA-E's BatchNorm buffers are left out."""
-    cfg = SiTConfig(input_size=6, in_channels=4, num_classes=7, z_dims=(5,), **SIT_SIZES["tiny/1"])
-    cfg = SiTConfig(**{**asdict(cfg), **changes})
-    model = random_model(cfg)
-    torch.save({**model.state_dict(), "bn.running_mean": torch.zeros(4)}, tmp_path / "last.pt")
-    loaded = sit.load_sit(tmp_path / "last.pt")
-    assert loaded.config == cfg and not loaded.pos_embed.requires_grad
-    z, t, y = draw_inputs(cfg, batch=2)
-    expected = -model(z, 1 - t, y) if cfg.learn_sigma else model(z, t, y)  # willisma's time is reversed
-    assert torch.equal(loaded(z, t, y), expected)
-
-
-@pytest.mark.parametrize("name, encoder_depth", [("S/4", 4), ("B/2", 4), ("L/1", 8), ("XL/2", 8)])
-def test_a_named_size_is_recognised_by_its_tensors_with_repa_s_encoder_depth(name, encoder_depth):
-    size = SIT_SIZES[name]
-    cfg = SiTConfig(input_size=16, in_channels=8, z_dims=(768,), encoder_depth=encoder_depth, **size)
-    with torch.device("meta"):
-        assert sit._infer_config(SiT(cfg).state_dict(), "x.pt") == cfg
-
-
-def test_what_cannot_be_loaded_is_named(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    with pytest.raises(FileNotFoundError, match="ckpt.pt: no such file"):
-        sit.load_sit(path)
-    write_checkpoint(path, ema=None)
-    with pytest.raises(ValueError, match="no EMA weights; use --weights raw"):
-        sit.load_sit(path)
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="damaged"):
-        sit.load_sit(path)
-    torch.save({"format": "nanosendvae-vae", "model": {}}, path)
-    with pytest.raises(ValueError, match="a nanosendvae-vae checkpoint, not a SiT: give one of train_sit.py"):
-        sit.load_sit(path)
-    torch.save({**random_model().state_dict()}, path)
-    with pytest.raises(ValueError, match="width 32"):
-        sit.load_sit(path)
+@pytest.mark.parametrize("_, call, exception, word", REFUSALS)
+def test_wrong_inputs_are_refused(_, call, exception, word):
+    with pytest.raises(exception, match=word):
+        call()

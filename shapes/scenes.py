@@ -1,9 +1,10 @@
-"""The embedded data set: small scenes rendered by numpy, exact attributes, any number, from a seed alone.
+"""A toy data set that needs no download: coloured shapes, rendered by numpy, with exact attributes.
 
     dataset = Shapes(20000, seed=0, split="train")     # .images .labels .attributes .attribute_names .factors
-    other = Shapes(20000, seed=0, split="train", frame=1)   # the same scenes, pose, size and light drawn anew
+    other = Shapes(20000, seed=0, split="train", frame=1)   # the same scenes; pose, size and light drawn anew
 
-No file, no download, the same pixels on every machine. Scene i depends on (seed, split, i) alone.
+Scene i depends on (seed, split, i) alone. Read: _draw_factors (what is in a scene) -> _render -> Shapes.
+Letters: N scenes, H W pixels.
 """
 import hashlib
 
@@ -14,20 +15,20 @@ SHAPES = ("disk", "square", "triangle", "star", "plus", "ring", "heart", "cresce
 TEXTURES = ("plain", "gradient", "stripes", "checker")
 FILLS = ("solid", "stripes", "rim")
 SECONDS = ("none", "disk", "square", "triangle")
-# RGB in [0, 1]. Objects are bright and backgrounds dark, so that no combination has low contrast; in half of
-# the scenes lightness is inverted, so that a weighted sum of pixels says little about the shape.
+# RGB in [0, 1]. Objects are bright and backgrounds are dark, so no combination has low contrast. Half of the
+# scenes are inverted in lightness, so a weighted sum of pixels says little about the shape.
 HUES = {"red": (.95, .15, .15), "orange": (1., .55, .10), "yellow": (.98, .92, .20), "green": (.25, .85, .25),
         "cyan": (.20, .90, .95), "blue": (.25, .45, 1.), "purple": (.68, .30, 1.), "pink": (1., .50, .80)}
 BACKGROUNDS = {"black": (.05, .05, .05), "navy": (.05, .08, .36), "maroon": (.40, .05, .10),
                "forest": (.04, .30, .08), "plum": (.30, .05, .34), "slate": (.34, .38, .44),
                "brown": (.40, .24, .08), "teal": (.03, .32, .35)}
-SCENE = 64.0   # side of a scene in its own units, whatever the number of pixels
-PERIOD = 16.0  # of stripes and checkers, scene units
+SCENE = 64.0   # side of a scene in scene units, at any number of pixels
+PERIOD = 16.0  # of stripes and checkers, in scene units
 SPLITS = {"train": 0, "val": 1}
 
 
 def _signed_distance(shape, x, y):
-    """Return the distance of points to a shape of radius about 1, negative inside; y points down."""
+    """Return the distance of points to a shape of radius about 1; negative inside, y points down."""
     r, side = np.hypot(x, y), np.abs(x)
     if shape == "disk":
         return r - 0.9
@@ -35,7 +36,8 @@ def _signed_distance(shape, x, y):
         return np.maximum(side, np.abs(y)) - 0.78
     if shape == "triangle":
         return np.maximum(y, 0.866 * side - 0.5 * y) - 0.5
-    if shape == "star":  # five-fold symmetry: fold into half a sector, then one edge from tip to inner corner
+    if shape == "star":
+        # Five-fold symmetry: fold the plane into half a sector. One edge is left, from tip to inner corner.
         half = np.pi / 5
         angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
         tip, inner = 0.95, 0.42
@@ -46,7 +48,7 @@ def _signed_distance(shape, x, y):
         return np.maximum(np.minimum(side, np.abs(y)) - 0.3, np.maximum(side, np.abs(y)) - 0.9)
     if shape == "ring":
         return np.abs(r - 0.68) - 0.27
-    if shape == "heart":  # a square on its corner, and a disk on each of its upper sides
+    if shape == "heart":  # a square that stands on its corner, with a disk on each of its upper sides
         return np.minimum((side + np.abs(y - 0.1) - 0.8) * np.sqrt(0.5, dtype=np.float32),
                           np.hypot(side - 0.4, y + 0.3) - 0.566)
     if shape == "crescent":
@@ -54,13 +56,11 @@ def _signed_distance(shape, x, y):
     if shape == "arrow":
         head = np.maximum(0.1 - x, 0.66 * (x - 0.95) + 0.75 * np.abs(y))
         return np.minimum(head, np.maximum(np.abs(x + 0.4) - 0.5, np.abs(y) - 0.26))
-    if shape == "halfdisk":
-        return np.maximum(np.hypot(x, y - 0.4) - 0.95, y - 0.4)
-    raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
+    return np.maximum(np.hypot(x, y - 0.4) - 0.95, y - 0.4)  # halfdisk
 
 
 def _square_wave(wave, pixel, period):
-    """Turn a sine wave of unit amplitude into 0 / 1 with edges about one pixel wide."""
+    """Turn a sine wave of amplitude 1 into 0 and 1, with edges about one pixel wide."""
     return np.clip(0.5 + wave * period / (2 * np.pi * pixel), 0, 1)
 
 
@@ -69,24 +69,26 @@ def _mix(under, over, alpha):
     return under + alpha[..., None] * (over - under)
 
 
-def _shape_alpha(names, kind, x, y, radius, pixel):
-    """Return distance in scene units and anti-aliased coverage, (N, H, W) each; kind (N,) indexes names."""
+def _shape_alpha(names, which, x, y, radius, pixel):
+    """Return distance in scene units and anti-aliased coverage, (N, H, W) each; which (N,) indexes names."""
     distance = np.full(x.shape, SCENE, np.float32)
-    for k in np.unique(kind):
+    for k in np.unique(which):
+        same = which == k
         if names[k] != "none":
-            distance[kind == k] = _signed_distance(names[k], (x / radius)[kind == k], (y / radius)[kind == k])
+            distance[same] = _signed_distance(names[k], (x / radius)[same], (y / radius)[same])
     distance *= radius
     return distance, np.clip(0.5 - distance / pixel, 0, 1)
 
 
 def _render(f, size):
-    """Render scenes. f: dict of factor arrays (N,); returns uint8 (N, size, size, 3)."""
+    """Render scenes: f is the dict of factor arrays (N,); returns uint8 (N, size, size, 3)."""
     pixel = SCENE / size
     at = (np.arange(size, dtype=np.float32) + 0.5) * pixel  # pixel centres
     real = {k: v.astype(np.float32)[:, None, None] for k, v in f.items()}  # (N, 1, 1)
     colour = np.array(list(HUES.values()), np.float32)[:, None, None]  # (8, 1, 1, 3)
     base = np.array(list(BACKGROUNDS.values()), np.float32)[:, None, None][f["background"]]
 
+    # background: a plain colour, or a pale texture over it
     phase = 2 * np.pi * real["phase"]
     u, v = np.broadcast_arrays(at[None, None, :], at[None, :, None])
     across = np.where(f["vertical"][:, None, None], v, u)  # (N, H, W)
@@ -97,9 +99,10 @@ def _render(f, size):
                                                    _square_wave(wave * other, pixel, PERIOD)))
     image = _mix(base, base + 0.25 * (1 - base), tone)
 
+    # main object, in its own axes
     c, s = np.cos(np.radians(real["rotation"])), np.sin(np.radians(real["rotation"]))
     x, y = u - real["x"], v - real["y"]
-    x, y = c * x + s * y, c * y - s * x  # into the object's own axes
+    x, y = c * x + s * y, c * y - s * x
     distance, alpha = _shape_alpha(SHAPES, f["shape"], x, y, real["size"], pixel)
     stripes = _square_wave(np.sin(2 * np.pi / 10 * x), pixel, 10)
     rim = np.clip(0.5 - (distance + 3) / pixel, 0, 1)  # the coloured rim is 3 units wide
@@ -107,21 +110,22 @@ def _render(f, size):
     hue = colour[f["hue"]]
     image = _mix(image, _mix(hue, hue + 0.7 * (1 - hue), pale), alpha)
 
+    # second object, in a corner, always solid
     x, y = u - real["second_x"], v - real["second_y"]
     alpha = _shape_alpha(SECONDS, f["second"], x, y, real["second_size"], pixel)[1]
     image = _mix(image, colour[f["second_hue"]], alpha)
-    # 1 - lightness of the HSL model: dark becomes pale, the hue stays
-    image = np.where(f["inverted"][:, None, None, None],
-                     image + 1 - image.max(axis=-1, keepdims=True) - image.min(axis=-1, keepdims=True), image)
+    # inversion: lightness of the HSL model becomes 1 - lightness, the hue stays
+    inverted = image + 1 - image.max(axis=-1, keepdims=True) - image.min(axis=-1, keepdims=True)
+    image = np.where(f["inverted"][:, None, None, None], inverted, image)
     return np.rint(255 * np.clip(image * real["light"][..., None], 0, 1)).astype(np.uint8)
 
 
 def _draw_factors(num, seed, split, frame):
-    """Draw the factors of scenes 0..num-1: dict of arrays (num,). Row i does not depend on num."""
-    rows = -(-num // len(SHAPES)) * len(SHAPES)
-    a = np.random.default_rng([split, 0, seed]).random((rows, 8))  # what a scene is
-    b = np.random.default_rng([split, 1 + frame, seed]).random((rows, 10))  # how this frame shows it
-    f = {"shape": np.argsort(a[:, 0].reshape(-1, len(SHAPES)), axis=1).ravel(),  # each shape once in ten
+    """Draw the factors of scenes 0..num-1: dict of arrays (num,). Scene i does not depend on num."""
+    tens = -(-num // len(SHAPES)) * len(SHAPES)  # num, rounded up: each shape comes once in ten scenes
+    a = np.random.default_rng([split, 0, seed]).random((tens, 8))  # what is in a scene
+    b = np.random.default_rng([split, 1 + frame, seed]).random((tens, 10))  # how this frame shows it
+    f = {"shape": np.argsort(a[:, 0].reshape(-1, len(SHAPES)), axis=1).ravel(),
          "hue": (a[:, 1] * len(HUES)).astype(int), "background": (a[:, 2] * len(BACKGROUNDS)).astype(int),
          "texture": (a[:, 3] * len(TEXTURES)).astype(int), "fill": (a[:, 4] * len(FILLS)).astype(int),
          "second": np.maximum(a[:, 5] * 6 - 2, 0).astype(int),  # none for half of them
@@ -129,28 +133,27 @@ def _draw_factors(num, seed, split, frame):
     other = 1 + (a[:, 6] * (len(HUES) - 1)).astype(int)  # never the main hue
     f["second_hue"] = (f["hue"] + other) % len(HUES)
     f |= {"x": 25 + 14 * b[:, 0], "y": 25 + 14 * b[:, 1], "size": 18 + 7 * b[:, 2],
-          "rotation": 60 * b[:, 3] - 30,
-          "light": 0.85 + 0.25 * b[:, 4], "phase": b[:, 5], "vertical": b[:, 6] < 0.5,
-          "second_x": np.where(b[:, 7] % 0.5 < 0.25, 9, 55) + 4 * b[:, 8] - 2,
+          "rotation": 60 * b[:, 3] - 30, "light": 0.85 + 0.25 * b[:, 4], "phase": b[:, 5],
+          "vertical": b[:, 6] < 0.5, "second_x": np.where(b[:, 7] % 0.5 < 0.25, 9, 55) + 4 * b[:, 8] - 2,
           "second_y": np.where(b[:, 7] < 0.5, 9, 55) + 40 * b[:, 8] % 4 - 2, "second_size": 6.5 + 2 * b[:, 9]}
     return {k: v[:num] for k, v in f.items()}
 
 
 class Shapes:
-    """Procedurally rendered scenes with exact factors: a shape on a background, in half of them a second one.
+    """num scenes in memory: a shape on a background, in half of them a second, small shape in a corner.
 
-    num images of (seed, split, frame), held in memory: image i is the same for every num. The splits "train"
-    and "val" never share a random stream. Another `frame` shows the same scenes with position, size,
-    rotation, light, texture phase and place of the second object drawn anew. The label is the main shape,
-    balanced.
+    Image i of a (seed, split, frame) is the same for every num. The splits "train" and "val" never share a
+    random stream. Another `frame` shows the same scenes, but position, size, rotation, light, texture phase
+    and place of the second shape are drawn anew. The label is the main shape; the classes are balanced.
 
-    .images uint8 (N, size, size, 3) RGB; .labels int64 (N,); .attributes uint8 (N, A) with .attribute_names;
-    .factors dict of arrays (N,): indices into the tables above; x, y, size in 64ths of the side; rotation in
-    degrees. Raises ValueError for another split, num < 1, size < 8, or a negative seed or frame.
+    .images uint8 (N, size, size, 3) RGB; .labels int64 (N,); .attributes uint8 (N, A), their names in
+    .attribute_names; .factors dict of arrays (N,): indices into the tables above; x, y, size in 64ths of the
+    side; rotation in degrees. Raises ValueError for another split, num < 1, size < 8, seed < 0, frame < 0.
     """
 
     class_names = list(SHAPES)
     num_classes = len(SHAPES)
+    on_disk = False
 
     def __init__(self, num: int, seed: int = 0, split: str = "train", size: int = 32, frame: int = 0):
         if split not in SPLITS:
@@ -162,7 +165,7 @@ class Shapes:
         self.factors = _draw_factors(num, seed, SPLITS[split], frame)
         parts = [{k: v[i:i + 256] for k, v in self.factors.items()} for i in range(0, num, 256)]
         self.images = np.concatenate([_render(part, size) for part in parts])
-        self.files_hash = hashlib.sha256(self.images).hexdigest()  # so that another renderer is another set
+        self.files_hash = hashlib.sha256(self.images).hexdigest()  # identifies the pixels
         self.labels = self.factors["shape"].astype(np.int64)
         tables = {"shape": SHAPES, "hue": HUES, "background": BACKGROUNDS, "texture": TEXTURES, "fill": FILLS,
                   "second": SECONDS}
@@ -176,8 +179,9 @@ class Shapes:
     def __len__(self):
         return len(self.labels)
 
-    def __getitems__(self, indices):
-        """Return (uint8 (B, 3, H, W), int64 (B,)) for a list of indices."""
-        index = np.asarray(indices)
+    def batch(self, indices) -> dict:
+        """Return {"images": uint8 (B, 3, H, W), "labels": int64 (B,), "index": int64 (B,), the positions}."""
+        index = np.asarray(indices, dtype=np.int64)
         images = np.ascontiguousarray(self.images[index].transpose(0, 3, 1, 2))
-        return torch.from_numpy(images), torch.from_numpy(self.labels[index])
+        arrays = {"images": images, "labels": self.labels[index], "index": index}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,187 @@
+"""Feature networks of fid.py: Inception, as FID defines it; the embedded set's judge; any timm model.
+
+    features = Extractor("inception")(images_u8)["features"]    # uint8 (B, 3, H, W) -> (B, D)
+
+Weights come from a local file, a cache or their publisher. Without them there is an error, never a random
+network. Letters: B images, C channels, H W pixels, D features.
+"""
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from mapper import timm_network
+
+# --features-weights also takes torch-fidelity's file of the same network.
+INCEPTION_SHA256 = "6726825d"  # the start of the file's sha256
+INCEPTION_FILE = f"pt_inception-2015-12-05-{INCEPTION_SHA256}.pth"
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
+WANTED = f"{INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) from {INCEPTION_URL}"
+
+
+def resize_tf1(x: Tensor, size: int) -> Tensor:
+    """Resize (B, C, H, W) to size x size as TensorFlow 1: source = i * in / out, bilinear, no antialias."""
+    for dim in (3, 2):
+        last = x.shape[dim] - 1
+        scale = torch.tensor((last + 1) / size, dtype=torch.float32)  # TensorFlow's type, also if x is fp64
+        source = torch.arange(size, device=x.device, dtype=x.dtype) * scale.to(x)
+        low = source.floor().long()
+        weight = source - low if dim == 3 else (source - low)[:, None]  # along the width, or along the height
+        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=last))
+        x = a + (b - a) * weight
+    return x
+
+
+class FIDInception(nn.Module):
+    """Inception-v3 of TensorFlow's 2015-12-05 graph under pytorch-fid's key names; random until loaded.
+
+    resize, to 299 px: "tf1" (ADM, torch-fidelity) or "pytorch-fid" (half-pixel centres). The layers are
+    timm's. The graph differs from them in the pooling branches: its averages leave out the padding, and its
+    last block takes the maximum.
+    """
+    LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Pool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
+              "Pool2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d",
+              "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c")
+
+    def __init__(self, resize: str = "tf1"):
+        super().__init__()
+        from timm.models.inception_v3 import InceptionV3  # takes seconds to import
+        net, self.resize = InceptionV3(num_classes=1008), resize
+        for name in (*self.LAYERS, "fc"):
+            self.add_module(name, getattr(net, name))
+
+    def preprocess(self, images_u8: Tensor) -> Tensor:
+        """Map uint8 (B, 3, H, W) to (B, 3, 299, 299) in about [-1, 1], in the type of the weights."""
+        x = images_u8.to(self.fc.weight.dtype)
+        if self.resize == "tf1":
+            return (resize_tf1(x, 299) - 128) / 128
+        return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+
+    def activations(self, x: Tensor):
+        """Yield (layer name, its output (B, C, h, w)) from preprocessed images, in the order of LAYERS."""
+        for name in self.LAYERS:
+            layer, before = getattr(self, name), x
+            x = layer(x)
+            if hasattr(layer, "branch_pool"):  # the last channels come from timm's pooling: replace them
+                if name == "Mixed_7c":
+                    pooled = F.max_pool2d(before, 3, 1, 1)
+                else:
+                    pooled = F.avg_pool2d(before, 3, 1, 1, count_include_pad=False)
+                branch = layer.branch_pool(pooled)
+                x = torch.cat([x[:, :-branch.shape[1]], branch], dim=1)
+            yield name, x
+
+    def forward(self, images_u8: Tensor) -> dict:
+        """Return the activations of uint8 images (B, 3, H, W), each (B, D).
+
+        "2048" (pool3): means over positions, for FID; "spatial" (2023): for sFID; "logits" (1008);
+        "logits_unbiased": without the layer's bias, as ADM's Inception Score takes them.
+        """
+        out = {}
+        for name, x in self.activations(self.preprocess(images_u8)):
+            if name == "Mixed_6d":  # TF's mixed_6/conv: branch1x1 after its ReLU, channels last
+                out["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        out["2048"] = x.mean(dim=(2, 3))
+        out["logits_unbiased"] = out["2048"] @ self.fc.weight.T
+        return {**out, "logits": out["logits_unbiased"] + self.fc.bias}
+
+
+def find_inception(weights=None) -> Path:
+    """Return the file of Inception's weights: `weights`, else that in torch hub's cache, fetched if need be.
+
+    Raises FileNotFoundError if there is none, ValueError if a file of pytorch-fid's name has another sha256.
+    Any other file only causes a warning.
+    """
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
+    if weights and not path.is_file():
+        raise FileNotFoundError(f"--features-weights {path}: no such file; want {WANTED}")
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256)
+        except (OSError, RuntimeError) as error:  # no network, full disk; RuntimeError: another sha256
+            raise FileNotFoundError(f"{path}: not there, and not fetched ({error!r:.90}); put it there, or "
+                                    f"give --features-weights FILE; want {WANTED}") from error
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(INCEPTION_SHA256):
+        if path.name == INCEPTION_FILE:
+            raise ValueError(f"{path}: damaged, its sha256 is {digest[:8]}...; want {WANTED}")
+        print(f"warning: {path} is not {WANTED}; compare only distances by the same weights")
+    return path
+
+
+def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
+    """Return the network with published weights, eval mode, CPU; `weights` and errors as in find_inception.
+
+    Also raises ValueError for a file of something else.
+    """
+    path = find_inception(weights)
+    with torch.device("meta"):  # no time spent on initial weights
+        net = FIDInception(resize)
+    # BatchNorm's counters have no use in evaluation. Published files may lack them.
+    counters = {key: torch.tensor(0) for key in net.state_dict() if key.endswith("num_batches_tracked")}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict({**counters, **state}, assign=True)
+    except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
+        raise ValueError(f"{path}: no Inception ({type(error).__name__}); want {WANTED}") from error
+    return net.eval()
+
+
+def fuse(net: FIDInception) -> FIDInception:
+    """Fold each BatchNorm into its convolution, weights channels last, in place; returns net, eval mode.
+
+    The same function to 3e-6 of activations of about 5; about 1.4 times faster on a CPU.
+    """
+    for block in net.modules():
+        if hasattr(block, "conv") and hasattr(block, "bn"):
+            # ReLU stays: timm's norm layer includes the activation
+            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.ReLU(inplace=True)
+    return net.to(memory_format=torch.channels_last)
+
+
+class Extractor(nn.Module):
+    """A feature network by name: uint8 images (B, 3, H, W) -> {"features": (B, D), ...}; frozen, eval mode.
+
+    name: "inception" (also gives "spatial" and "logits"), "shapes" (the embedded set's judge; also gives
+    "class_logits"), or a timm model (pooled features; images are resized to its own size). weights: local
+    file. resize: for Inception. .label names the distance, .resize says how images are resized.
+
+    Raises ValueError for an unknown name or other weights, FileNotFoundError if weights cannot be had.
+    """
+
+    def __init__(self, name: str, weights=None, resize: str = "tf1"):
+        super().__init__()
+        self.name = name
+        if name == "inception":
+            self.net, self.label, self.resize = load_inception(weights, resize), "FID", resize
+        elif name == "shapes":
+            from shapes.networks import load_judge
+            self.net, self.label, self.resize = load_judge(), "FD-judge", "none"
+        else:
+            self._load_timm(name, weights)
+        self.requires_grad_(False)
+
+    def _load_timm(self, name, weights):
+        # FD-DINOv2 (arXiv:2306.04675) is defined at 224 px; timm would take 518.
+        overlay = {"input_size": (3, 224, 224)} if "dinov2" in name else None
+        self.net = timm_network(name, "--features", weights, overlay).eval()
+        from timm.data import resolve_model_data_config
+        config = resolve_model_data_config(self.net)
+        self.size = config["input_size"][1:]
+        self.label, self.resize = f"FD-{name}", f"bicubic to {self.size[0]}"
+        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
+
+    def forward(self, images_u8: Tensor) -> dict:
+        if self.name == "inception":
+            out = self.net(images_u8)
+            return {"features": out["2048"], "spatial": out["spatial"], "logits": out["logits_unbiased"]}
+        if self.name == "shapes":
+            features, class_logits = self.net(images_u8.float() / 127.5 - 1)
+            return {"features": features, "class_logits": class_logits}
+        x = F.interpolate(images_u8.float() / 255, size=self.size, mode="bicubic", antialias=True)
+        return {"features": self.net((x.clamp(0, 1) - self.mean) / self.std)}

@@ -1,0 +1,240 @@
+"""Train the teacher and the judge of the embedded set. Run once: made shapes/teacher.pt and shapes/judge.pt.
+
+    python -m shapes.train                                # both, on one CPU thread: 20 and 4 minutes
+    python -m shapes.train --judge-steps 0 --out out/toy  # the teacher alone, into another folder
+
+Teacher (for --teacher shapes): InfoNCE (arXiv:1807.03748) between two frames of the same scene, which differ
+in position, size, rotation, light and texture phase. No label enters the loss. But only a renderer (or a
+video) gives such pairs, and the teacher learns to ignore what differs between them. Half of each batch shares
+colours, so the network must use shape and fill. The other half are its own nearest neighbours (hard
+negatives). A second loss asks each token for the thumbnail of its own cell: it keeps colour and place.
+Judge (for fid.py): trained on class and attributes, with blur and noise, because it will see reconstructions.
+Both are measured on the "val" split, on which neither is trained.
+Read: train_teacher, train_judge. Letters: N scenes or tokens, B images of a batch, H W pixels, D features.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoints
+import common
+import probe
+from shapes.networks import ShapesJudge, ShapesTeacher
+from shapes.scenes import Shapes
+
+SCENES, TEST = 24000, 11000  # scenes to train on, and scenes of "val" to measure on
+LR = 2e-3         # peak of both; linear to 0
+FRAMES = 4        # frames of each scene that the teacher sees, at least 2
+PAIRS = 96        # pairs of frames in a batch of the teacher
+GROUPS = 4        # clusters that a batch is drawn from; divides PAIRS
+CLUSTERS = 300    # of k-means
+MINE_EVERY = 300  # steps between two clusterings by the network's own embedding
+TAU = 0.1         # temperature of InfoNCE
+THUMBNAIL = 2.0   # weight of the thumbnail loss
+
+
+def parse_args(argv=None):
+    parser = common.new_parser(__doc__)
+    add = parser.add_argument
+    add("--steps", type=common.natural, default=5000, help="steps of the teacher; 0 = do not train it")
+    add("--judge-steps", type=common.natural, default=1500, help="steps of the judge; 0 = do not train it")
+    common.add_run_flags(parser, out="shapes")
+    parser.set_defaults(seed=1000)  # other scenes than those that the VAE sees by default
+    return parser.parse_args(argv)
+
+
+def as_input(images: np.ndarray, rng=None, blur: float = 0.0, noise: float = 0.0) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1].
+
+    With a numpy generator `rng`, each image is mixed with its 3 x 3 mean by a random share up to `blur`, and
+    gets white noise of a random standard deviation up to `noise`.
+    """
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    x = x.float() / 127.5 - 1
+    if rng is None:
+        return x
+    amount = torch.from_numpy(rng.random((2, len(x), 1, 1, 1), np.float32))
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    x = torch.lerp(x, soft, blur * amount[0])
+    return x + noise * amount[1] * torch.from_numpy(rng.standard_normal(x.shape, np.float32))
+
+
+# teacher
+
+def pool(tokens: Tensor) -> Tensor:
+    """(B, N, D) -> (B, 2 D): the mean is what tokens agree on, the maximum what a single one has seen."""
+    return torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1)
+
+
+@torch.no_grad()
+def in_chunks(function, images: np.ndarray, device) -> Tensor:
+    """Apply function to clean images, 500 at a time; return the results on the CPU, fp32."""
+    results = []
+    for start in range(0, len(images), 500):
+        x = as_input(images[start:start + 500]).to(device)
+        results.append(function(x).float().cpu())
+    return torch.cat(results)
+
+
+def colour_histograms(images: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, 64): square roots of the shares of 4 x 4 x 4 colours, so that norms are 1."""
+    bins = (images // 64).astype(np.int64) @ np.array([16, 4, 1])  # (N, H, W) in 0..63
+    shares = np.stack([(bins == b).mean(axis=(1, 2)) for b in range(64)], axis=1)
+    return torch.from_numpy(shares).float().sqrt()
+
+
+def cluster(points: Tensor, seed: int) -> list[np.ndarray]:
+    """Group points (N, D) by k-means; return the indices of each group that can fill its part of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = points[torch.randperm(len(points), generator=generator)[:CLUSTERS]]
+    for _ in range(15):
+        nearest = torch.cdist(points, centres).argmin(dim=1)
+        total = torch.zeros_like(centres).index_add_(0, nearest, points)
+        count = torch.bincount(nearest, minlength=len(centres))[:, None]
+        centres = torch.where(count > 0, total / count.clamp(min=1), centres)
+    groups = [np.flatnonzero(nearest.numpy() == k) for k in range(len(centres))]
+    return [group for group in groups if len(group) >= PAIRS // GROUPS]
+
+
+def train_teacher(frames: list[np.ndarray], steps: int, seed: int, device, dtype) -> ShapesTeacher:
+    """Return the trained teacher. frames: uint8 (N, H, W, 3) each, the same scenes in the same order."""
+    torch.manual_seed(seed)
+    teacher = ShapesTeacher()
+    head = nn.Sequential(nn.Linear(2 * teacher.dim, 256), nn.ReLU(), nn.Linear(256, 128))  # not kept
+    thumbnail = nn.Linear(teacher.dim, 48)  # not kept
+    net = nn.ModuleList((teacher, head, thumbnail)).to(device, memory_format=torch.channels_last).train()
+    optimizer = common.adamw(net.parameters(), LR, weight_decay=0.05)
+    rng = np.random.default_rng(seed)
+
+    def embed(x):
+        with common.autocast(device, dtype):
+            return F.normalize(head(pool(teacher(x))).float(), dim=1)
+
+    sources = [cluster(colour_histograms(frames[0]), seed)]  # groups of scenes that share their colours
+    for step in range(steps):
+        if step and step % MINE_EVERY == 0:
+            net.eval()
+            sources[1:] = [cluster(in_chunks(embed, frames[0], device), seed + step)]
+            net.train()
+
+        # two frames of each scene of a few groups
+        index = []
+        for i in range(GROUPS):
+            source = sources[i % len(sources)]
+            index.extend(rng.choice(source[rng.integers(len(source))], PAIRS // GROUPS, replace=False))
+        first, second = rng.choice(len(frames), 2, replace=False)
+        images = np.concatenate([frames[first][index], frames[second][index]])
+        x = as_input(images, rng, noise=0.1).to(device)  # (2 PAIRS, 3, H, W)
+
+        # InfoNCE both ways: each frame must find the other frame of its scene among those of the batch
+        with common.autocast(device, dtype):
+            tokens = teacher(x)
+            embedding, guess = head(pool(tokens)), thumbnail(tokens)
+        a, b = F.normalize(embedding.float(), dim=1).chunk(2)
+        logits, same = a @ b.T / TAU, torch.arange(PAIRS, device=device)
+        contrast = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        # each token must know its cell at half resolution
+        cells = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4).flatten(2).transpose(1, 2)  # (B, 16, 48): 3 x 4 x 4
+        colour = F.mse_loss(guess.float(), cells)
+        (contrast + THUMBNAIL * colour).backward()
+        common.optimizer_step(optimizer, common.learning_rate(step, LR, 100, steps, steps), max_norm=1.0)
+        if step % 100 == 0:
+            print(f"teacher step {step}: contrast {contrast:.3f}, thumbnail {colour:.3f}", flush=True)
+    teacher.eval()
+    teacher.mean.copy_(in_chunks(teacher, frames[0][:10000], device).mean(dim=0))
+    return teacher.cpu().half().float()  # as the file will hold it
+
+
+def probe_teacher(teacher: ShapesTeacher, test: Shapes) -> dict[str, float]:
+    """Macro F1 over attributes and accuracy of each factor, by a linear probe of pooled tokens."""
+    x = in_chunks(lambda images: pool(teacher(images)), test.images, "cpu")
+    y = torch.from_numpy(test.attributes)
+    fit = probe.fit_linear_probe(x[:7000], y[:7000], x[7000:8000], y[7000:8000], x[8000:])
+    f1 = probe.f1_scores(fit["logits"], y[8000:])["macro_f1"]
+    return {"f1_macro": round(f1, 4), **factor_accuracy(fit["logits"], test, first=8000)}
+
+
+def factor_accuracy(logits: Tensor, data: Shapes, first: int = 0) -> dict[str, float]:
+    """Share of right answers per factor. logits (N, A) are those of the scenes from `first` on.
+
+    The answer is the largest of a factor's logits, or the sign of each where they do not exclude each other.
+    """
+    truth, result = torch.from_numpy(data.attributes[first:]), {}
+    factors = [name.split("=")[0] for name in data.attribute_names]
+    for factor in dict.fromkeys(factors):
+        columns = [i for i, other in enumerate(factors) if other == factor]
+        guess, wanted = logits[:, columns], truth[:, columns]
+        if factor in ("tone", "position", "size"):
+            right = (guess > 0) == wanted.bool()
+        else:
+            right = guess.argmax(dim=1) == wanted.argmax(dim=1)
+        result[factor] = round(right.float().mean().item(), 4)
+    return result
+
+
+# judge
+
+def train_judge(data: Shapes, steps: int, seed: int, device, dtype) -> ShapesJudge:
+    """Return the judge, trained on class (cross entropy) and attributes (binary cross entropy) of `data`."""
+    torch.manual_seed(seed)
+    judge = ShapesJudge(data.num_classes, len(data.attribute_names))
+    judge.to(device, memory_format=torch.channels_last).train()
+    optimizer = common.adamw(judge.parameters(), LR, weight_decay=0.05)
+    rng = np.random.default_rng(seed)
+    for step in range(steps):
+        index = rng.integers(len(data), size=128)
+        x = as_input(data.images[index], rng, blur=0.8, noise=0.15).to(device)
+        label = torch.from_numpy(data.labels[index]).to(device)
+        attributes = torch.from_numpy(data.attributes[index]).float().to(device)
+        with common.autocast(device, dtype):
+            features, logits = judge(x)
+            attribute_logits = judge.attribute_head(features)
+        class_loss = F.cross_entropy(logits.float(), label)
+        loss = class_loss + 10 * F.binary_cross_entropy_with_logits(attribute_logits.float(), attributes)
+        loss.backward()
+        common.optimizer_step(optimizer, common.learning_rate(step, LR, 100, steps, steps), max_norm=1.0)
+        if step % 100 == 0:
+            print(f"judge step {step}: loss {loss:.3f}", flush=True)
+    return judge.cpu().eval().half().float()  # as the file will hold it
+
+
+@torch.no_grad()
+def judge_accuracy(judge: ShapesJudge, test: Shapes, blur: float = 0.0, noise: float = 0.0) -> dict:
+    """Accuracy of class and factors on `test`, blurred and noisy up to the given amounts."""
+    rng = np.random.default_rng(0)
+    parts = [judge(as_input(test.images[i:i + 500], rng, blur, noise)) for i in range(0, len(test), 500)]
+    features, logits = (torch.cat(part) for part in zip(*parts))
+    right = (logits.argmax(dim=1) == torch.from_numpy(test.labels)).float().mean().item()
+    return {"class": round(right, 4), **factor_accuracy(judge.attribute_head(features), test)}
+
+
+def save(path: str, net: nn.Module, config: dict, metrics: dict, args) -> None:
+    """Write weights as fp16, and plain values; shapes.networks.load reads the file."""
+    checkpoints.save_file(path, {"format": net.format, "config": config, "model": net.half().state_dict(),
+                                 "metrics": metrics, "args": vars(args), "versions": common.versions()})
+    print(f"{path}: {metrics}", flush=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.set_num_threads(1)  # more would add up in another order
+    device = common.setup(args.device).device
+    dtype = common.resolve_dtype(args.dtype, device)
+    test = Shapes(TEST, args.seed, "val")
+
+    if args.judge_steps:
+        data = Shapes(SCENES, args.seed)
+        judge = train_judge(data, args.judge_steps, args.seed, device, dtype)
+        metrics = {"clean": judge_accuracy(judge, test), "soft": judge_accuracy(judge, test, 0.8, 0.15)}
+        config = {"num_classes": data.num_classes, "num_attributes": len(data.attribute_names)}
+        save(f"{args.out}/judge.pt", judge, config, metrics, args)
+
+    if args.steps:
+        frames = [Shapes(SCENES, args.seed, frame=k).images for k in range(FRAMES)]
+        teacher = train_teacher(frames, args.steps, args.seed, device, dtype)
+        save(f"{args.out}/teacher.pt", teacher, {"dim": teacher.dim}, probe_teacher(teacher, test), args)
+
+
+if __name__ == "__main__":
+    common.cli(main)

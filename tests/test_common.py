@@ -1,0 +1,263 @@
+"""common.py: batch arithmetic, seeds, the guarded optimizer step, EMA, Progress, errors of commands.
+
+Run: ./test.sh tests/test_common.py        (about 8 s; more than one process: test_train.py)
+"""
+import copy
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+import data
+import small
+import train_vae
+
+CPU = common.Proc(0, 1, torch.device("cpu"))
+NO, YES = torch.tensor(False), torch.tensor(True)
+
+
+# the plan of a run
+
+@pytest.mark.parametrize("plan, args, wanted", [
+    (common.plan_batch, (256, 32, 2), (32, 4)), (common.plan_batch, (256, 0, 8), (32, 1)),
+    (common.plan_batch, (256, 0, 1), (256, 1)), (common.plan_batch, (6, 1, 3), (1, 2)),
+    (common.plan_batch, (256, 32, 3), "--batch-size 288"), (common.plan_batch, (10, 0, 4), "--batch-size 16"),
+    (common.plan_steps, (7, 80, 100, 32), 7), (common.plan_steps, (0, 80, 100, 32), 240),
+    (common.plan_steps, (0, 0.5, 100, 10), 5), (common.plan_steps, (0, 0.01, 100, 10), "--steps"),
+    (common.plan_steps, (0, 1, 32, 32), 1), (common.plan_steps, (5, 1, 31, 32), "--batch-size 31")])
+def test_batches_and_steps_are_planned_or_a_size_that_fits_is_named(plan, args, wanted):
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            plan(*args)
+    else:
+        assert plan(*args) == wanted
+
+
+@pytest.mark.parametrize("step, factor", [(0, 0.25), (2, 0.75), (3, 1), (50, 1), (98, 1), (99, 0.5)])
+def test_the_learning_rate_rises_stays_and_falls(step, factor):
+    assert common.learning_rate(step, 0.1, 4, 2, 100) == pytest.approx(0.1 * factor)
+    assert common.learning_rate(step, 0.1, 0, 0, 100) == 0.1
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_the_precision_is_the_one_asked_for_or_what_the_hardware_is_fast_at(has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
+    for device, otherwise in (("cuda", torch.float16), ("cpu", torch.float32)):
+        wanted = torch.bfloat16 if has_bf16 else otherwise
+        assert common.resolve_dtype("auto", torch.device(device)) == wanted
+        assert common.resolve_dtype("fp16", torch.device(device)) == torch.float16
+    assert common.resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_draws_of_a_row_are_a_function_of_the_key_and_the_row():
+    for draw in (lambda rows, *key: common.noise_for((3, 4), rows, "cpu", *key),
+                 lambda rows, *key: common.uniform_for(12, rows, "cpu", *key)):
+        whole = draw(range(8), 0, "a", 5)
+        assert torch.equal(whole[[6, 2, 3]], draw([6, 2, 3], 0, "a", 5)) and len(whole.unique()) == 96
+        for other in ((1, "a", 5), (0, "b", 5), (0, "a", 6)):
+            assert not torch.equal(whole, draw(range(8), *other))
+    many = common.noise_for((64,), range(2000), "cpu", 0, "a", 5)
+    assert abs(float(many.mean())) < 0.015 and abs(float(many.std()) - 1) < 0.01
+    many = common.uniform_for(64, range(2000), "cpu", 0)
+    assert 0 <= many.min() and many.max() < 1 and abs(float(many.mean()) - 0.5) < 0.01
+    assert common.derive_seed(0, "vae", 3, 7) == 3904597233359403407  # as at commit 7e84d6d
+
+
+# the optimisation step
+
+@pytest.mark.parametrize("max_norm, applied", [(2.0, 2.0), (0.0, 50.0), (60.0, 50.0)])
+def test_the_gradient_is_clipped_to_the_norm_given_and_the_norm_before_is_returned(max_norm, applied):
+    """One norm over all groups of parameters; 0 clips nothing, nor does a norm that is not reached."""
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [p]} for p in params], lr=9.0, fused=True)
+    for param, gradient in zip(params, (30.0, -40.0)):
+        param.grad = torch.tensor([gradient])
+    norm, skipped = common.optimizer_step(optimizer, 1.0, max_norm)
+    assert norm == 50 and not skipped and all(p.grad is None for p in params)
+    assert [p.item() for p in params] == pytest.approx([-0.6 * applied, 0.8 * applied], rel=1e-5)
+
+
+@pytest.mark.parametrize("saved_as", [torch.contiguous_format, torch.channels_last])
+def test_the_optimizer_state_takes_the_layout_of_the_parameters(saved_as):
+    """The fused kernel would walk a state saved channels_last and loaded contiguous in the wrong order."""
+    torch.manual_seed(0)
+    first, second = (torch.nn.Conv2d(4, 6, 3) for _ in range(2))
+    first, x = first.to(memory_format=saved_as), torch.randn(2, 4, 8, 8)
+    one, two = (common.adamw(layer.parameters(), 0.1) for layer in (first, second))
+    first(x).square().mean().backward()
+    one.step()
+    second.load_state_dict(first.state_dict())
+    common.load_optimizer(two, copy.deepcopy(one.state_dict()))
+    for layer, optimizer in ((first, one), (second, two)):
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+    assert torch.allclose(first.weight, second.weight, atol=1e-4)
+
+
+def test_the_average_warms_up_follows_its_recursion_and_copies_what_is_not_trained():
+    model = torch.nn.Linear(3, 3)
+    model.bias.requires_grad_(False)
+    model.register_buffer("buffer", torch.zeros(3))
+    ema, expected = common.EMA(model, 0.9999), model.weight.detach().clone()
+    for step in range(1, 1001):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.fill_(float(step))
+        ema.update(model, step, NO)
+        decay = min(0.9999, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    ema.update(model, 1001, YES)  # a skipped step moves nothing
+    assert torch.allclose(ema.state["weight"], expected, rtol=1e-4)
+    assert ema.state["buffer"].tolist() == ema.state["bias"].tolist() == 3 * [1000]
+
+
+def test_without_a_compiler_compile_says_so_and_runs_eagerly(monkeypatch, capsys):
+    def no_compiler(function):
+        raise RuntimeError("no C++ compiler\nand more")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    layer = torch.nn.Linear(2, 2)
+    common.compile_modules(layer, None)
+    assert capsys.readouterr().out == "torch.compile: off, runs eagerly: no C++ compiler\n"
+    assert layer._compiled_call_impl is None
+
+
+# progress
+
+@pytest.fixture()
+def progress_of(tmp_path):
+    """make(flags of train_vae.py or train_sit.py) -> Progress; signals are handled as before afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def make(flags="", step=0, num_steps=100):
+        args = train_vae.parse_args(f"--batch-size 4 --out {tmp_path}/run {flags}".split())
+        return common.Progress(args, CPU, step, num_steps)
+    yield make
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def train(progress, terms, accum=1, skipped=NO, after=lambda step: None):
+    """Go through the steps with terms(step), a list of dicts; return the log's rows that have a step."""
+    for step, batches in progress.steps(iter(int, 1), accum):
+        assert batches == [0] * accum
+        progress.record(terms(step), skipped)
+        after(step)
+    rows = map(json.loads, open(f"{progress.args.out}/log.jsonl"))
+    return [row for row in rows if "step" in row]
+
+
+def test_rows_hold_means_over_steps_and_micro_batches_and_steps_10_and_20_always(progress_of, capsys):
+    progress = progress_of("--log-every 25", num_steps=60)
+    rows = train(progress, lambda step: [
+        {"a": torch.tensor(float(step)), "part": (torch.tensor(6.0), torch.tensor(3.0))},
+        {"a": step + 1.0, "part": (0.0, 0)}, {"lr": 0.5, "none": (0.0, 0.0)}], accum=2)
+    assert [row["step"] for row in rows] == [10, 20, 25, 50, 60]
+    assert [row["a"] for row in rows] == [6, 16, 23.5, 38.5, 56]  # of the steps since the last row
+    for row in rows:
+        assert (row["part"], row["lr"], row["none"]) == (2, 0.5, "nan")
+        assert row["images_per_s"] == pytest.approx(4000 / row["step_ms"])
+        assert 0 <= row["data_wait_percent"] <= 100 and 0.05 < row["peak_memory_gib"] < 24
+        assert row["eta_s"] == pytest.approx((60 - row["step"]) * row["step_ms"] / 1000)
+    line = r"step [12]0: \S+ images/s, waiting for data \d+ % of the time, peak memory"
+    assert len(re.findall(line, "".join(capsys.readouterr()))) == 2
+
+
+@pytest.mark.parametrize("every, steps", [(3, [3, 6, 7]), (1, list(range(1, 8))), (0, [7]), (9, [7])])
+def test_what_is_done_every_so_many_steps_is_done_at_the_last_one_too(progress_of, every, steps):
+    progress, done = progress_of(num_steps=7), []
+    train(progress, lambda step: [{"a": 1}], after=lambda step: progress.due(every) and done.append(step))
+    assert done == steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_ends_the_loop_and_the_second_kills(progress_of, number, capsys):
+    progress, seen = progress_of(), []
+
+    def interrupt(step):
+        seen.append((step, progress.stopping))
+        if step == 3:
+            os.kill(os.getpid(), number)
+    train(progress, lambda step: [{"a": 1.0}], after=interrupt)
+    assert seen == [(1, False), (2, False), (3, False), (4, True)]
+    assert "stopped by a signal, saved at step 4; the same command continues" in capsys.readouterr().out
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_term(progress_of):
+    flags, terms = "--log-every 1 --stop-after-bad 3", [{"lr": 0.1, "rec": math.nan}]
+    with pytest.raises(common.RunStopped, match="step 3: 3 steps in a row skipped.*: rec"):
+        train(progress_of(flags), lambda step: terms, skipped=YES)
+    progress = progress_of(flags, num_steps=9)
+    for step, _ in progress.steps(iter(int, 1), 1):  # each two bad ones are followed by a good one
+        progress.record(terms, torch.tensor(step % 3 > 0))
+    assert progress.step == 9
+
+
+@pytest.mark.parametrize("row, dead", [
+    ({"grad_norm": 1e-9, "align": 1e-9, "gan": 0.1}, False), ({"grad_norm": 1e-9, "gan": -1e-9}, True),
+    ({"grad_norm": 0.0}, True), ({"grad_norm": 1e-3}, False), ({"grad_norm": math.nan}, False),
+    ({"grad_norm": 0.0, "align": math.nan}, False)])
+def test_a_run_that_has_died_is_reported(progress_of, row, dead, capsys):
+    train(progress_of(num_steps=10), lambda step: [row])
+    assert ("step 10: gradient and losses are 0" in capsys.readouterr().out) == dead
+
+
+def test_tensorboard_and_wandb_get_the_numbers_where_they_are_installed(progress_of, monkeypatch):
+    seen = []
+    board = SimpleNamespace(SummaryWriter=lambda out: SimpleNamespace(add_scalar=lambda *x: seen.append(x)))
+    wandb = SimpleNamespace(init=lambda project, **_: seen.append(project),
+                            log=lambda row, step: seen.append((row["a"], "name" in row, step)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    progress = progress_of("--tensorboard --wandb project", num_steps=1)
+    train(progress, lambda step: [{"a": 2.0}], after=lambda step: progress.log({"name": "x", "a": 3.0}))
+    assert seen[0] == "project" and {("a", 2.0, 1), (2.0, False, 1), (3.0, False, 1)} <= {*seen}
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(ModuleNotFoundError, match="wandb"):
+        progress_of("--wandb project")
+
+
+# errors of commands
+
+@pytest.mark.parametrize("error, code, line", [
+    (ValueError("wrong"), 2, "error: wrong"), (FileNotFoundError("gone"), 2, "error: gone"),
+    (ModuleNotFoundError("wandb"), 2, "error: wandb"), (common.RunStopped("nan"), 1, "error: nan"),
+    (ZeroDivisionError("bug"), 1, "ZeroDivisionError: bug"), (KeyboardInterrupt(), 130, "interrupted")])
+def test_an_error_ends_a_command_by_one_line_and_its_code(error, code, line, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as left:
+        common.cli(main)
+    printed = capsys.readouterr().err.splitlines()
+    assert left.value.code == code and printed[-1] == line
+    assert (len(printed) > 1) == line.startswith("Zero")  # a bug shows where it is
+
+
+@pytest.mark.parametrize("broken, code, line", [
+    (False, 1, "error: no numbers"), (True, 2, "error: .*images are corrupt")])
+def test_an_error_beside_or_in_a_loaders_worker_ends_the_process_by_one_line(tmp_path, broken, code, line):
+    """Loader workers ignore SIGTERM, by which Python ends its children: it would wait for them for ever."""
+    main = """if True:
+        import sys, common, data
+        def main():
+            dataset, proc = data.ImageFolder(sys.argv[1], 8), common.setup("cpu")
+            for batch in data.make_loader(dataset, 4, proc, 4, 0, 0, 100000, workers=2):
+                raise common.RunStopped("no numbers")
+        common.cli(main)"""
+    for file in small.pictures(tmp_path, n=8).glob("*/*"):
+        file.write_bytes(b"" if broken else file.read_bytes())
+    done = subprocess.run([sys.executable, "-c", main, tmp_path], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == code and re.search(line, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr

@@ -170,11 +170,8 @@ def read_awa2(root: Path, size: int) -> dict:
     """
     classes = np.loadtxt(find(root, "classes.txt"), str, usecols=1).tolist()  # "  1<tab>antelope"
     names = np.loadtxt(find(root, "predicates.txt"), str, usecols=1).tolist()
-    table, pictures = find(root, "predicate-matrix-binary.txt"), find(root, "JPEGImages")
-    matrix = np.loadtxt(table, int, ndmin=2) == 1
-    if matrix.shape != (len(classes), len(names)):
-        raise ValueError(f"{table}: {matrix.shape} values; want {len(classes)} x {len(names)}")
-    values, parts = {}, {}
+    matrix = np.loadtxt(find(root, "predicate-matrix-binary.txt"), int, ndmin=2) == 1
+    pictures, values, parts = find(root, "JPEGImages"), {}, {}
     for k, name in enumerate(classes):
         files = data.find_images(pictures / name, f"{name}/")
         values |= dict.fromkeys(files, matrix[k])

@@ -12,8 +12,8 @@
 
 Weights and inputs are random, which makes no step slower or faster. The images are on the device already:
 what it costs to read them is in a run's log.jsonl (data_wait_percent). FLOPs are those of one step, by
-torch's counter; a multiply-add is 2. MFU divides by the data sheet's peak where the device is known, else by
-a matrix product measured here (peak_source says which).
+torch's counter; a multiply-add is 2. MFU is their share of the data sheet's peak, for the GPUs named below
+and types other than fp32.
 """
 import json
 import time
@@ -46,9 +46,7 @@ def parse_args(argv=None):
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--image-size", type=common.positive, default=256, help="pixels; below 64 LPIPS and GAN are off")
     add("--batch-size", type=common.positive, default=32, help="images per step on this device")
-    add("--micro-batch-size", type=common.natural, default=0, help="of vae and sit; 0 = all at once")
     add("--iters", type=common.positive, default=10, help="timed steps; fewer if they take over 10 s")
-    add("--compile", action="store_true", help="torch.compile the networks of vae, sit and sample")
     common.add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -59,7 +57,7 @@ def make_step(stage: str, args, proc):
     torch.manual_seed(args.seed)
     vae, size = VAE(VAE_SIZES[args.vae]).eval(), args.batch_size
     channels, side = vae.config.z_channels, args.image_size // vae.stride
-    # What data.LatentFolder knows of latents, and micro-batches as the loaders make them.
+    # What data.LatentFolder knows of latents, and a batch as the loaders make it.
     facts = {"channels": channels, "latent_size": (side, side), "num_classes": 1000,
              "mean": [0.0] * channels, "std": [1.0] * channels}
     mean, std = torch.zeros(channels), torch.ones(channels)
@@ -67,35 +65,30 @@ def make_step(stage: str, args, proc):
     images = torch.randint(256, (size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
     batch = {"images": images, "moments": torch.rand(size, 2 * channels, side, side, device=device),
              "labels": torch.randint(1000, (size,), device=device), "rows": torch.arange(size)}
-    micro, _ = common.plan_batch(size, args.micro_batch_size, 1)
-    batches = [{key: value[i:i + micro] for key, value in batch.items()} for i in range(0, size, micro)]
     flags = f"--batch-size {size} --dtype {args.dtype} --teacher {args.teacher}"
-    flags += " --teacher-weights random" * (args.teacher != "shapes") + " --compile" * args.compile
+    flags += " --teacher-weights random" * (args.teacher != "shapes")
 
     if stage == "vae":
         flags += f" --vae {args.vae} --init none --image-size {args.image_size}"
-        flags += f" --bn-group {min(32, micro)}"  # a group is in one micro-batch
+        flags += f" --bn-group {min(32, size)}"
         flags += " --lpips-weights random" if args.image_size >= 64 else " --lpips 0 --gan 0"
         run = train_vae.parse_args(flags.split())
         nets = train_vae.build(run, proc)
-        return lambda: train_vae.train_step(nets, batches, 0, run, 1)
+        return lambda: train_vae.train_step(nets, [batch], 0, run, 1)
 
     if stage == "sit":
         run = train_sit.parse_args(f"{flags} --model {args.model} --repa".split())
         nets = train_sit.build(run, latents, proc)
-        return lambda: train_sit.train_step(nets, batches, 0, run, 1)
+        return lambda: train_sit.train_step(nets, [batch], 0, run, 1)
 
     if stage == "encode":
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # as encode.py
-        vae.to(device, memory_format=layout)
+        vae.to(device, memory_format=torch.channels_last)  # as encode.py on CUDA
         return lambda: encode.encode_batch(vae, images, dtype)
 
     if stage == "sample":
         run = train_sit.parse_args(f"{flags} --model {args.model}".split())
         model = train_sit.build(run, latents, proc).model.eval()
         vae.to(device)
-        if args.compile:
-            common.compile_modules(vae.decoder)
         run = sample.parse_args("--sampler euler --steps 10 --cfg 1.5".split())
         return lambda: sample.sample_images(model, vae, facts, range(size), run, device, dtype)
 
@@ -115,23 +108,12 @@ def time_steps(step, iters: int, device) -> list:
     return sorted(times[2:])
 
 
-def peak_tflops(name: str, device, dtype) -> tuple:
-    """Return (peak TFLOP/s of the device of this name, where the figure is from)."""
-    for key, value in PEAK_TFLOPS.items():
-        if key in name and dtype != torch.float32:
-            return value, f"data sheet of {key}, dense bf16"
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    fastest = time_steps(lambda: a @ a, 3, device)[0]
-    return 2 * n**3 / fastest / 1e12, f"{n} x {n} matrix product measured here"
-
-
 def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
     dtype, on_cuda = common.resolve_dtype(args.dtype, proc.device), proc.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    peak, source = peak_tflops(name, proc.device, dtype)
+    peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
     for stage in args.stage:
         step = make_step(stage, args, proc)
         # A CPU's fused attention is unknown to the counter; the products that it is made of are not.
@@ -145,9 +127,10 @@ def main(argv=None):
         tflops = counter.get_total_flops() / seconds / 1e12
         row = {"stage": stage, "images_per_s": round(args.batch_size / seconds, 2),
                "step_ms": round(1000 * seconds, 2), "tflop_per_s": float(f"{tflops:.4g}"),
-               "mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": float(f"{peak:.4g}"),
-               "peak_source": source, "autocast": str(torch.float32 if stage == "fid" else dtype),
+               "autocast": str(torch.float32 if stage == "fid" else dtype),
                "device": name, "iters": len(times), **common.versions()}
+        if peak and "float32" not in row["autocast"]:
+            row |= {"mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": peak}
         if on_cuda:
             row["peak_memory_gib"] = round(common.peak_memory(proc.device) / 2**30, 2)
         common.print0(json.dumps({**vars(args), **row}))

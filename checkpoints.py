@@ -83,7 +83,8 @@ def newest(folder, kind: str | None = None) -> dict | None:
             raise ValueError(f"{files[step]}: is {saved.get('format')}, wanted {kind}; use another --out")
         return {**saved, "path": str(files[step])}
     if files:
-        common.print0(f"warning: none of the checkpoints in {folder} can be read")
+        common.print0(f"warning: none of the checkpoints in {folder} can be read"
+                      + ("; starting anew at step 0" if kind else ""))
     return None
 
 
@@ -449,7 +450,7 @@ def checked_statistics(content: dict, path, channels: int, vae_hash: str | None)
     if vae_hash and theirs != vae_hash:
         raise ValueError(f"{path}: of VAE {theirs[:12]}, this is {vae_hash[:12]}; --vae {facts.get('vae')}")
     mean, std = statistics
-    if len(mean) != channels or not torch.isfinite(mean + std).all() or std.min() <= 0:
+    if not len(mean) == len(std) == channels or not torch.isfinite(mean + std).all() or std.min() <= 0:
         raise ValueError(f"{path}: {len(mean)} channels, std >= {std.min():g}; want {channels}, and std > 0")
     return mean, std
 

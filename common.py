@@ -2,7 +2,8 @@
 
 * One process without a launcher, many under torchrun; `setup()` reads torchrun's variables and nothing else.
 * Randomness is a function of (seed, stream, step, row of the global batch), not of world size or micro-batch.
-* A training step never waits for the device: numbers stay there until they are logged.
+* A training step does not wait for the device: numbers stay there until they are logged. Only the question
+  whether a signal has come waits, every 10 steps of several processes.
 """
 import argparse
 import gc
@@ -172,13 +173,14 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
     add = parser.add_argument_group("speed and memory").add_argument
     add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
-    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--compile", action="store_true", help="torch.compile the autoencoder or the SiT, and the teacher")
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging and saving").add_argument
     add("--log-every", type=positive, default=log_every, help="steps")
     add("--save-every", type=positive, default=save_every, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="newest checkpoints kept")
-    add("--stop-after-bad", type=positive, default=100, help="stop after so many non-finite steps in a row")
+    add("--stop-after-bad", type=positive, default=100,
+        help="stop after so many non-finite steps in a row; looked at every --log-every steps")
     add("--tensorboard", action="store_true", help="also log there (needs the package tensorboard)")
     add("--wandb", default=None, metavar="PROJECT", help="also log there (needs the package wandb)")
     add("--dry-run", action="store_true", help="print configuration, sizes and batches, then leave")
@@ -319,9 +321,9 @@ def load_optimizer(optimizer, state: dict) -> None:
     """Load with the parameters' strides: the fused kernel walks parameter and state in storage order."""
     optimizer.load_state_dict(state)
     for param, entry in optimizer.state.items():
-        for key, value in entry.items():
-            if value.shape == param.shape:
-                entry[key] = torch.empty_like(param).copy_(value)
+        for key, value in entry.items():  # copies: nothing of the file that was read stays in use
+            like = param if value.shape == param.shape else value
+            entry[key] = torch.empty_like(like).copy_(value)
 
 
 def learning_rate(step: int, lr: float, warmup: int, cooldown: int, num_steps: int) -> float:
@@ -459,7 +461,8 @@ class Progress:
             progress.record(terms, skipped)
             if progress.due(args.save_every): ...
 
-    The stopwatch runs from the yield to `record`: what comes after, evaluation and saving, does not count.
+    The stopwatch runs from asking for the batches to the end of `record`: evaluation and saving, which come
+    after, do not count.
     Rank 0 writes; every process must call `record`, which is collective.
     """
     EARLY = (10, 20)  # these steps are logged whatever --log-every says
@@ -468,7 +471,7 @@ class Progress:
         self.args, self.proc, self.step, self.num_steps, self.show = args, proc, step, num_steps, show
         self.sums, self.counts = {}, {}
         self.bad_streak = torch.zeros((), device=proc.device)
-        self.seconds, self.waited, self.last_read = 0.0, 0.0, step
+        self.seconds, self.waited, self.last_read, self.shown = 0.0, 0.0, step, {}
         self.stopping = self.signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -521,8 +524,8 @@ class Progress:
     def record(self, terms: list, skipped: Tensor) -> None:
         """Take in a step: `terms` are dicts of scalars (tensor, number, or (sum, count)), one a micro-batch.
 
-        Every --log-every steps their means are read from the device, checked and logged. Raises RunStopped
-        after --stop-after-bad skipped steps in a row.
+        Every --log-every steps their means are read from the device, logged and checked. Then, RunStopped is
+        raised if the last --stop-after-bad steps or more were skipped.
         """
         for part in terms:
             for name, value in part.items():
@@ -530,6 +533,7 @@ class Progress:
                 self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().float()
                 self.counts[name] = self.counts.get(name, 0) + count
         self.bad_streak = (self.bad_streak + 1) * skipped
+        self.agree_to_stop()
         due = self.due(self.args.log_every) or self.step in self.EARLY
         row = self.read_means() if due else None  # this waits for the device
         self.seconds += time.perf_counter() - self.began
@@ -538,7 +542,6 @@ class Progress:
             self.check_health(row)
         if self.bar:
             self.bar.update(self.step - self.bar.n)
-        self.agree_to_stop()
 
     def read_means(self) -> dict:
         """Return {name: mean over steps and processes} and start anew."""
@@ -565,7 +568,8 @@ class Progress:
     def check_health(self, row: dict) -> None:
         """Raise RunStopped, naming the first non-finite term, once too many steps in a row were skipped; warn
         of a run that has died: gradient, GAN and alignment (those there are) all 0."""
-        if all(abs(row.get(key, 0)) < 1e-8 for key in ("grad_norm", "gan", "align")):
+        vital = [abs(row[key]) for key in ("grad_norm", "gan", "align") if key in row]
+        if vital and max(vital) < 1e-8:
             print0(f"warning: step {self.step}: gradient and losses are 0, nothing is learned any more; go "
                    f"back to a checkpoint before that, with a lower --lr")
         streak = int(self.bad_streak)
@@ -596,8 +600,8 @@ class Progress:
         self.write({"step": self.step, **row})
         for sink in self.sinks:
             sink({key: value for key, value in row.items() if isinstance(value, (int, float))})
-        shown = {key: f"{row[key]:.4g}" for key in (*self.show, "images_per_s") if key in row}
-        self.bar.set_postfix(shown)
+        self.shown |= {key: f"{row[key]:.4g}" for key in (*self.show, "images_per_s") if key in row}
+        self.bar.set_postfix(self.shown)
         if self.step in self.EARLY and "images_per_s" in row:
             # A loader too slow, a memory nearly full or a week to go: say so at once.
             self.bar.write(f"step {self.step}: {row['images_per_s']:.4g} images/s, waiting for data "

@@ -5,8 +5,9 @@
     latents = LatentFolder("latents")                          # written by encode.py with LatentWriter
 
 * Images are uint8 RGB at file borders, (B, 3, H, W); inside the programs float32 in [-1, 1].
-* A data set has len(), num_classes, class_names, image_size, files_hash (which images these are), on_disk
-  (reading takes time) and batch(indices), a dict of tensors. Loaders add "indices" and "rows".
+* A data set has len(), on_disk (reading takes time) and batch(indices), a dict of tensors. One of images also
+  has num_classes, class_names, image_size, and files_hash, which says which images these are; "index" in its
+  batches are the images really read. Loaders add "indices" and "rows", what was asked for and where.
 * Latents on disk are raw posterior moments [mean | std], 2C channels. `sample_latents` draws z from them,
   `normalize_latents` scales it per channel by the statistics kept beside them; nothing else knows a scale.
 """
@@ -378,8 +379,7 @@ def eval_loader(dataset, batch_size: int, proc=None, workers: int = 4, indices=N
 
 def loader_of(batches, order, workers: int) -> DataLoader:
     """Return a DataLoader of batches[k] for k in order."""
-    # In-memory data sets need no worker processes. macOS starts workers by spawn: each would import torch.
-    if not batches.dataset.on_disk or sys.platform == "darwin":
+    if not batches.dataset.on_disk:  # in-memory data sets need no worker processes
         workers = 0
     return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,

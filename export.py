@@ -67,7 +67,6 @@ def export_vae(to: str, path, out, latent_stats=None) -> tuple | None:
         statistics = checkpoints.read_statistics(latent_stats, channels, checkpoints.state_hash(state))
     if to != "diffusers":
         checkpoints.save_file(out, state)
-        save_statistics(out, statistics)
         return statistics
     config = diffusers_config(vae.config, statistics)
     checkpoints.save_file(Path(out) / checkpoints.DIFFUSERS_FILES[0], to_diffusers(state))
@@ -93,16 +92,7 @@ def export_sit(to: str, path, out, latent_stats=None, weights: str = "ema") -> t
         state["bn.running_mean"], state["bn.running_var"] = statistics[0], statistics[1].square()
         state["bn.num_batches_tracked"] = torch.tensor(content.get("step", 0))
     checkpoints.save_file(out, {"ema": state})
-    save_statistics(out, statistics)
     return statistics
-
-
-def save_statistics(beside, statistics: tuple | None) -> None:
-    """Write <name>-latents-stats.pt beside a file, if known: z' = (z - latents_bias) * latents_scale."""
-    if statistics is not None:
-        mean, std = (part.view(1, -1, 1, 1) for part in statistics)
-        path = Path(beside).with_name(f"{Path(beside).stem}-latents-stats.pt")
-        checkpoints.save_file(path, {"latents_scale": 1 / std, "latents_bias": mean})
 
 
 def parse_args(argv=None):
@@ -123,6 +113,10 @@ def main(argv=None):
         statistics = export_sit(args.to, args.ckpt, args.out, args.latent_stats, args.weights)
     else:
         statistics = export_vae(args.to, args.vae, args.out, args.latent_stats)
+    if statistics is not None and args.to != "diffusers":  # z' = (z - latents_bias) * latents_scale
+        mean, std = (part.view(1, -1, 1, 1) for part in statistics)
+        beside = Path(args.out).with_name(f"{Path(args.out).stem}-latents-stats.pt")
+        checkpoints.save_file(beside, {"latents_scale": 1 / std, "latents_bias": mean})
     known = "none known; --latent-stats gives them" if statistics is None else "written with it"
     print(f"wrote {args.out}; latent statistics: {known}")
 

@@ -129,8 +129,7 @@ def check_comparable(reference: FeatureStats, samples: FeatureStats) -> None:
     a, b = reference.meta, samples.meta
     for key in ("extractor", "weights", "resize", "image_size", "dimensions"):
         if key in a and key in b and a[key] != b[key]:
-            raise ValueError(f"{key} differs: {a.get('name', 'reference')} has {a[key]}, "
-                             f"{b.get('name', 'samples')} has {b[key]}; measure both alike")
+            raise ValueError(f"{key} differs: {a.get('name')} has {a[key]}, {b.get('name')} has {b[key]}")
 
 
 # measures of sets of features
@@ -178,12 +177,9 @@ def nearest(points: Tensor, others: Tensor, k: int = 1, block: int = BLOCK) -> t
 
     points (n, D), others (m, D). A point that is also among the others finds itself.
     """
-    distances, indices, others = [], [], others.double()
-    for x in points.split(block):
-        best = squared_distances(x, others).topk(k, largest=False)
-        distances.append(best.values)
-        indices.append(best.indices)
-    return torch.cat(distances), torch.cat(indices)
+    others = others.double()
+    best = [squared_distances(x, others).topk(k, largest=False) for x in points.split(block)]
+    return torch.cat([part.values for part in best]), torch.cat([part.indices for part in best])
 
 
 def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int = BLOCK) -> tuple:
@@ -302,8 +298,8 @@ def gfid(reference: FeatureStats, samples: FeatureStats, device="cpu") -> dict:
         size = min(1000, len(theirs), len(mine))
         result["precision"], result["recall"] = precision_recall(theirs, mine)
         result["kid"], result["kid_std"] = kernel_distance(theirs, mine, subset_size=size)
-        result |= {"reference_features": len(theirs), "sample_features": len(mine), "kid_subset_size": size}
-    if "class_logits" in kept and "labels" in kept and (kept["labels"] >= 0).all():
+        result["reference_features"] = len(theirs)
+    if "class_logits" in kept and (kept["labels"] >= 0).all():
         correct = kept["class_logits"].argmax(1) == kept["labels"]
         result["class_accuracy"] = correct.double().mean().item()
     return result
@@ -341,17 +337,14 @@ def has_array(source, name: str) -> bool:
     return zipfile.is_zipfile(source) and f"{name}.npy" in zipfile.ZipFile(source).namelist()
 
 
-def open_images(source: str, size: int, args, proc, training: bool = False):
-    """Return (data set, batches of this process, what .meta says of the images). Folders are cropped to size.
+def open_images(source: str, size: int, extractor, args, proc, split: str = "val"):
+    """Return (data set, batches of this process, .meta of its statistics). Folders are cropped to size.
 
-    The split is told by the path. training: of "shapes" take the training split. Raises ValueError for a
-    folder of sample.py, whose pictures are grids, and for fewer images than processes.
+    split: of "shapes"; of others it is told by the path. Raises ValueError for a folder of sample.py, whose
+    pictures are grids, and for fewer images than processes.
     """
     path = Path(source)
-    splits = [part for part in path.parts if part in ("train", "val", "test")]
-    split = splits[-1] if splits else "unknown"
     if source == "shapes":
-        split = "train" if training else "val"
         dataset, name = data.open_dataset(source, size, split), f"shapes-{split}"
     elif source.endswith((".npz", ".npy")):
         dataset, name = data.ArrayImages(source), path.stem
@@ -363,10 +356,11 @@ def open_images(source: str, size: int, args, proc, training: bool = False):
     if len(dataset) < proc.world:
         raise ValueError(f"{source}: {len(dataset)} images for {proc.world} processes; use fewer")
     common.print0(f"{source}: {len(dataset)} images of {dataset.image_size} px")
-    facts = {"name": f"{name}-{len(dataset)}", "data": source, "split": split,
-             "image_size": dataset.image_size}
+    if source != "shapes":
+        split = next((part for part in ("test", "val", "train") if part in path.parts), "unknown")
+    meta = {"name": f"{name}-{len(dataset)}", "split": split, "image_size": dataset.image_size}
     loader = data.eval_loader(dataset, args.batch_size, proc, args.workers)
-    return dataset, common.progress_bar(loader, proc, name), facts
+    return dataset, common.progress_bar(loader, proc, name), extractor.meta | meta
 
 
 def measure_reference(source: str, size: int, extractor, args, proc) -> FeatureStats:
@@ -377,9 +371,9 @@ def measure_reference(source: str, size: int, extractor, args, proc) -> FeatureS
             common.print0(f"warning: {source} does not say how it was measured; only dimensions are checked")
         if "features" in stored.kept or not has_array(source, "arr_0"):
             return stored
-    dataset, batches, facts = open_images(source, size, args, proc)
-    stats = compute_stats(batches, extractor, proc.device, extractor.meta | facts,
-                          every=(len(dataset) - 1) // MAX_KEPT + 1, keep=("features",))
+    dataset, batches, meta = open_images(source, size, extractor, args, proc)
+    every = (len(dataset) - 1) // MAX_KEPT + 1
+    stats = compute_stats(batches, extractor, proc.device, meta, every, keep=("features",))
     if stored:  # ADM's: moments of all images, and some of the images for precision, recall and KID
         stored.kept = stats.kept
         stored.meta["image_size"] = dataset.image_size
@@ -388,91 +382,77 @@ def measure_reference(source: str, size: int, extractor, args, proc) -> FeatureS
 
 # commands
 
-def report(titles: dict, result: dict, extractor, args, proc) -> None:
-    """Write the numbers, and all that they depend on, to args.out; then print them.
+def show(title: str, numbers: dict) -> None:
+    """Print a block of numbers."""
+    print(title)
+    for key, value in numbers.items():
+        print(f"  {key:<22}{value:.7g}")
 
-    titles: {title: the numbers below it}.
-    """
-    protocol = {**result, "distance": extractor.label, "args": vars(args), "device": str(proc.device),
-                "processes": proc.world, "versions": common.versions()}
+
+def write_protocol(result: dict, args) -> None:
+    """Write the numbers, and all that they depend on, to args.out."""
     with data.replacing(args.out) as file:
+        protocol = {**result, "args": vars(args), "versions": common.versions()}
         file.write((json.dumps(protocol, indent=1) + "\n").encode())
-    for title, numbers in titles.items():
-        print(title)
-        for key, value in numbers.items():
-            if isinstance(value, (int, float)):
-                print(f"  {key:<22}{value:.7g}")
 
 
 def run_gfid(args, extractor, proc) -> dict:
+    """Compare each set with the reference, print the numbers and write them; {} on all ranks but 0."""
     device = "cuda" if proc.device.type == "cuda" else "cpu"  # MPS has no fp64
-    arrays = [source for source in args.samples if source.endswith((".npz", ".npy"))]
-    default = data.ArrayImages(arrays[0]).image_size if arrays else data.default_size(args.reference)
-    size = args.image_size or default
+    first, size = args.samples[0], args.image_size or data.default_size(args.reference)
+    if first.endswith((".npz", ".npy")) and not args.image_size:
+        size = data.ArrayImages(first).image_size
     reference = measure_reference(args.reference, size, extractor, args, proc)
     if args.train:
-        train_set, batches, facts = open_images(args.train, size, args, proc, training=True)
-        check_comparable(reference, FeatureStats(extractor.meta | facts))
-        train = compute_stats(batches, extractor, proc.device, keep=("features",))
-    sets, titles, pictures = {}, {}, []
+        train_set, batches, _ = open_images(args.train, size, extractor, args, proc, "train")
+        train = compute_stats(batches, extractor, proc.device, keep=("features",)).kept
+    sets, pictures = {}, []
     for source in args.samples:
-        dataset, batches, facts = open_images(source, size, args, proc)
-        check_comparable(reference, FeatureStats(extractor.meta | facts))  # now, before an hour of samples
+        dataset, batches, meta = open_images(source, size, extractor, args, proc)
+        check_comparable(reference, FeatureStats(meta))  # now, before an hour of samples
         keep = ["features", "logits"]
         # Otherwise labels are not the judge's classes: those of a user's folder are others.
-        if source == "shapes" or (source.endswith(".npz") and reference.meta.get("data") == "shapes"):
+        if source == "shapes" or (source.endswith(".npz") and args.reference == "shapes"):
             keep += ["class_logits", "labels"]
-        samples = compute_stats(batches, extractor, proc.device, extractor.meta | facts, keep=keep)
+        samples = compute_stats(batches, extractor, proc.device, meta, keep=keep)
         if not proc.main:
             continue
         numbers = gfid(reference, samples, device)
         if args.train:
-            features, others = samples.kept["features"].to(device), train.kept["features"].to(device)
+            features, others = samples.kept["features"].to(device), train["features"].to(device)
             ratio, indices = closer_than_training(others, features, k=4)
             numbers["closer_than_training"] = (ratio < 1).double().mean().item()
-            pictures += draw_suspects(ratio, indices, dataset, train_set)
+            for i in ratio.argsort()[:10].tolist():  # the most suspicious ones, and what they are near to
+                pictures += [dataset.batch([i])["images"], train_set.batch(indices[i].tolist())["images"]]
+        show(f"{extractor.label}-{samples.n} vs {reference.meta['name']}: {source}", numbers)
         sets[source] = {**numbers, "samples": samples.meta}
-        titles[f"{extractor.label}-{samples.n} vs {reference.meta['name']}: {source}"] = numbers
     if not proc.main:
         return {}
     result = {"sets": sets, "reference": {**reference.meta, "n": reference.n}}
-    report(titles, result, extractor, args, proc)
+    write_protocol(result, args)
     if args.train:
         path = Path(args.out).with_suffix(".png")
-        data.save_grid(path, torch.cat(pictures), 6, scale=max(1, 64 // train_set.image_size))
+        data.save_grid(path, torch.cat(pictures), columns=5, scale=max(1, 64 // train_set.image_size))
         print(f"wrote {path}: possible copies. About half of unseen images are closer_than_training, too")
     return result
 
 
-def draw_suspects(ratio: Tensor, indices: Tensor, samples, train) -> list[Tensor]:
-    """Return lines of a picture: the 10 samples of least ratio, each with a gap and its nearest images.
-
-    ratio (m,) and indices (m, 4) are of closer_than_training; samples and train are data sets.
-    """
-    lines = []
-    for i in ratio.argsort()[:10].tolist():
-        sample = samples.batch([i])["images"]
-        lines += [sample, torch.full_like(sample, 255), train.batch(indices[i].tolist())["images"]]
-    return lines
-
-
 def run_rfid(args, extractor, proc) -> dict:
+    """Compare images with their reconstructions, print the numbers and write them; {} on all ranks but 0."""
     if has_array(args.data, "mu"):
-        raise ValueError(f"{args.data} holds statistics, a reference for gfid; rfid compares reconstructions "
-                         "with their originals, identically cropped: give the images")
+        raise ValueError(f"{args.data} is a reference for gfid; rfid wants images, to reconstruct them")
     vae = checkpoints.load_vae(args.vae).to(proc.device)
-    lpips = None
-    if not args.no_lpips and (args.features != "shapes" or args.lpips_weights):
-        lpips = LPIPS(args.lpips_weights).to(proc.device)
+    without = args.no_lpips or (args.features == "shapes" and not args.lpips_weights)
+    lpips = None if without else LPIPS(args.lpips_weights).to(proc.device)
     trained = checkpoints.read_own(args.vae).get("args", {}).get("image_size")
     size = args.image_size or trained or data.default_size(args.data)
-    _, batches, facts = open_images(args.data, size, args, proc)
+    _, batches, meta = open_images(args.data, size, extractor, args, proc)
     result = rfid(batches, vae, extractor, proc.device, lpips)
     if not proc.main:
         return {}
-    result |= {"reference": extractor.meta | facts, "vae_hash": checkpoints.state_hash(vae.state_dict())}
-    title = f"r{extractor.label}-{result['n']} vs originals of {facts['name']}, split {facts['split']}"
-    report({title: result}, result, extractor, args, proc)
+    show(f"r{extractor.label}-{result['n']} vs originals of {meta['name']}, split {meta['split']}", result)
+    result |= {"reference": meta, "vae_hash": checkpoints.state_hash(vae.state_dict())}
+    write_protocol(result, args)
     if result["psnr_db"] < LOW_PSNR:
         print(f"verdict: below {LOW_PSNR} dB samples cannot look like these images, whatever generator is "
               f"trained; fine-tune this VAE on images of their kind (train_vae.py --init {args.vae})")
@@ -480,6 +460,7 @@ def run_rfid(args, extractor, proc) -> dict:
 
 
 def run_stats(args, extractor, proc) -> FeatureStats:
+    """Measure a set of images and write its statistics to a file."""
     size = args.image_size or data.default_size(args.data)
     stats = measure_reference(args.data, size, extractor, args, proc)
     if proc.main:
@@ -494,8 +475,7 @@ def parse_args(argv=None):
     add("--features", default="inception", help="inception, shapes (the embedded judge) or a timm model")
     add("--features-weights", default=None, help="local file; default: a cache, to which it is fetched once")
     add("--resize", default="tf1", choices=("tf1", "pytorch-fid"), help="to Inception's 299 px; tf1: ADM's")
-    add("--image-size", type=common.positive, default=None, help="pixels that folders are cropped to; "
-        "default: as in the npz of SAMPLES, for rfid what the VAE was trained on, else 256 ('shapes': 32)")
+    add("--image-size", type=common.positive, help="of folders; default: as in SAMPLES or VAE, else 256")
     add("--batch-size", type=common.positive, default=64, help="images per forward and device")
     add("--workers", type=common.natural, default=4, help="processes that read images, per device")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
@@ -522,10 +502,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    sources = [args.reference, args.train, *args.samples] if args.command == "gfid" else [args.data]
-    for source in sources:
-        if source not in ("shapes", None) and not Path(source).exists():
-            raise FileNotFoundError(f"{source}: no such file or folder; want 'shapes', a folder, npz or npy")
     proc = common.setup(args.device)
     # TF32 has 10 bits of mantissa: the distances would change.
     torch.set_float32_matmul_precision("highest")

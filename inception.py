@@ -5,7 +5,6 @@
 Weights come from a local file, a cache or their publisher. Without them there is an error, never a random
 network. Letters: B images, C channels, H W pixels, D features.
 """
-import hashlib
 from pathlib import Path
 
 import torch
@@ -42,15 +41,14 @@ class FIDInception(nn.Module):
     timm's. The graph differs from them in the pooling branches: its averages leave out the padding, and its
     last block takes the maximum.
     """
-    LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Pool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
-              "Pool2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d",
-              "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c")
 
     def __init__(self, resize: str = "tf1"):
         super().__init__()
         from timm.models.inception_v3 import InceptionV3  # takes seconds to import
         net, self.resize = InceptionV3(num_classes=1008), resize
-        for name in (*self.LAYERS, "fc"):
+        names = [name for name, _ in net.named_children()]  # in the order in which images pass them
+        self.layers = [name for name in names if name.startswith(("Conv", "Pool", "Mixed"))]
+        for name in (*self.layers, "fc"):
             self.add_module(name, getattr(net, name))
 
     def preprocess(self, images_u8: Tensor) -> Tensor:
@@ -61,8 +59,8 @@ class FIDInception(nn.Module):
         return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
     def activations(self, x: Tensor):
-        """Yield (layer name, its output (B, C, h, w)) from preprocessed images, in the order of LAYERS."""
-        for name in self.LAYERS:
+        """Yield (layer name, its output (B, C, h, w)) from preprocessed images, from first to last."""
+        for name in self.layers:
             layer, before = getattr(self, name), x
             x = layer(x)
             if hasattr(layer, "branch_pool"):  # the last channels come from timm's pooling: replace them
@@ -77,46 +75,36 @@ class FIDInception(nn.Module):
     def forward(self, images_u8: Tensor) -> dict:
         """Return the activations of uint8 images (B, 3, H, W), each (B, D).
 
-        "2048" (pool3): means over positions, for FID; "spatial" (2023): for sFID; "logits" (1008);
-        "logits_unbiased": without the layer's bias, as ADM's Inception Score takes them.
+        "features" (pool3, 2048): means over positions, for FID; "spatial" (2023): for sFID; "logits" (1008):
+        without the layer's bias, as ADM's Inception Score takes them.
         """
-        out = {}
         for name, x in self.activations(self.preprocess(images_u8)):
             if name == "Mixed_6d":  # TF's mixed_6/conv: branch1x1 after its ReLU, channels last
-                out["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
-        out["2048"] = x.mean(dim=(2, 3))
-        out["logits_unbiased"] = out["2048"] @ self.fc.weight.T
-        return {**out, "logits": out["logits_unbiased"] + self.fc.bias}
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        features = x.mean(dim=(2, 3))
+        return {"features": features, "spatial": spatial, "logits": features @ self.fc.weight.T}
 
 
 def find_inception(weights=None) -> Path:
     """Return the file of Inception's weights: `weights`, else that in torch hub's cache, fetched if need be.
 
-    Raises FileNotFoundError if there is none, ValueError if a file of pytorch-fid's name has another sha256.
-    Any other file only causes a warning.
+    Raises FileNotFoundError if it cannot be fetched. What is fetched must have the published sha256.
     """
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
-    if weights and not path.is_file():
-        raise FileNotFoundError(f"--features-weights {path}: no such file; want {WANTED}")
-    if not path.is_file():
+    if not weights and not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:  # no network, full disk; RuntimeError: another sha256
             raise FileNotFoundError(f"{path}: not there, and not fetched ({error!r:.90}); put it there, or "
                                     f"give --features-weights FILE; want {WANTED}") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(INCEPTION_SHA256):
-        if path.name == INCEPTION_FILE:
-            raise ValueError(f"{path}: damaged, its sha256 is {digest[:8]}...; want {WANTED}")
-        print(f"warning: {path} is not {WANTED}; compare only distances by the same weights")
     return path
 
 
 def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
     """Return the network with published weights, eval mode, CPU; `weights` and errors as in find_inception.
 
-    Also raises ValueError for a file of something else.
+    Also raises ValueError if there is no such file, or something else in it.
     """
     path = find_inception(weights)
     with torch.device("meta"):  # no time spent on initial weights
@@ -162,24 +150,20 @@ class Extractor(nn.Module):
             from shapes.networks import load_judge
             self.net, self.label, self.resize = load_judge(), "FD-judge", "none"
         else:
-            self._load_timm(name, weights)
+            # FD-DINOv2 (arXiv:2306.04675) is defined at 224 px; timm would take 518.
+            overlay = {"input_size": (3, 224, 224)} if "dinov2" in name else None
+            self.net = timm_network(name, "--features", weights, overlay).eval()
+            from timm.data import resolve_model_data_config
+            config = resolve_model_data_config(self.net)
+            self.size = config["input_size"][1:]
+            self.label, self.resize = f"FD-{name}", f"bicubic to {self.size[0]}"
+            self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
+            self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
         self.requires_grad_(False)
-
-    def _load_timm(self, name, weights):
-        # FD-DINOv2 (arXiv:2306.04675) is defined at 224 px; timm would take 518.
-        overlay = {"input_size": (3, 224, 224)} if "dinov2" in name else None
-        self.net = timm_network(name, "--features", weights, overlay).eval()
-        from timm.data import resolve_model_data_config
-        config = resolve_model_data_config(self.net)
-        self.size = config["input_size"][1:]
-        self.label, self.resize = f"FD-{name}", f"bicubic to {self.size[0]}"
-        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
-        self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
 
     def forward(self, images_u8: Tensor) -> dict:
         if self.name == "inception":
-            out = self.net(images_u8)
-            return {"features": out["2048"], "spatial": out["spatial"], "logits": out["logits_unbiased"]}
+            return self.net(images_u8)
         if self.name == "shapes":
             features, class_logits = self.net(images_u8.float() / 127.5 - 1)
             return {"features": features, "class_logits": class_logits}

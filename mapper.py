@@ -35,7 +35,7 @@ class Teacher(nn.Module):
         self.name, self.grid = name, grid
         if name == "shapes":
             from shapes.networks import load_teacher
-            self.model = load_teacher(*[weights] if weights else [])
+            self.model = load_teacher(weights) if weights else load_teacher()
             self.dim = self.model.dim
             if grid != self.model.grid:
                 raise ValueError(f"the shapes teacher has {self.model.grid} x {self.model.grid} tokens, the "

@@ -64,11 +64,10 @@ def draw_bars(report: dict):
     for group in vaes[0]["flat"].get("groups", {}):
         bars[f"flat: F1 of {group}"] = [vae["flat"]["groups"][group] for vae in vaes]
     figure = Figure((8, 1 + 0.2 * len(bars) * len(vaes)), layout="constrained")
-    axis = figure.add_subplot(yticks=range(len(bars)), yticklabels=bars, ylim=(len(bars), -1), xlim=(0, 1.1))
+    axis = figure.add_subplot(yticks=range(len(bars)), yticklabels=bars, ylim=(len(bars), -1), xlim=(0, 1))
     for k, label in enumerate(report["labels"]):
         places = [i - 0.4 + 0.8 * (k + 0.5) / len(vaes) for i in range(len(bars))]
-        drawn = axis.barh(places, [values[k] for values in bars.values()], 0.8 / len(vaes), label=label)
-        axis.bar_label(drawn, fmt="%.3f", padding=3)
+        axis.barh(places, [values[k] for values in bars.values()], 0.8 / len(vaes), label=label)
     figure.legend(loc="outside upper center", ncols=len(vaes))
     return figure
 

@@ -36,10 +36,6 @@ CHUNK = 2**22     # features that are standardised at a time: 16 MiB, about the 
 HELD = 2**29      # up to so many train features are held as float32 while fitting (2 GiB), more as float16
 HISTORY = 2**28   # numbers in the history of L-BFGS, at most: 2 GiB with their differences
 MEASURED = 4000   # images whose latents are measured, at most
-MEASURES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "auc": "AUC", "top5_recall": "top-5 recall",
-            "class_accuracy": "class accuracy", "effective_rank": "effective rank",
-            "density_gini": "Gini of the density", "gmm_nll": "GMM fit, nats",
-            "channel_std_min": "smallest channel std", "channel_std_max": "largest channel std"}
 
 
 # features
@@ -96,13 +92,9 @@ def fit_linear_probe(train_x, train_y, val_x, val_y, test_x, weight_decays=WEIGH
     eval mode). y (n, A) of 0 and 1: a binary problem per column. y (n,) int64: one problem of all classes.
     Minimised is the mean over images of the loss, plus d / 2 |W|^2. The weight decay d is the one of the best
     macro F1, or accuracy, on the validation split. max_iter: iterations of L-BFGS for each weight decay.
-    Returns {"logits", "weight_decay", "val_score"}. Raises ValueError for sizes that do not
-    fit, and for features that are not finite.
+    Returns {"logits", "weight_decay", "val_score"}. Raises ValueError for features that are not finite.
     """
     train_x, train_y, val_x, val_y, test_x = map(torch.as_tensor, (train_x, train_y, val_x, val_y, test_x))
-    if len(train_x) != len(train_y) or len(val_x) != len(val_y):
-        raise ValueError(f"{len(train_x)} train and {len(val_x)} validation features for {len(train_y)} and "
-                         f"{len(val_y)} targets; want as many of each")
     mean, std = (statistic.to(device) for statistic in statistics(train_x))
     held = torch.float32 if train_x.numel() <= HELD else torch.float16
     x = torch.cat([standardise(train_x[rows], mean, std).to(held) for rows in chunks(train_x)])
@@ -190,11 +182,9 @@ def f1_scores(logits: Tensor, targets: Tensor) -> dict:
 def auc_score(logits: np.ndarray, targets: np.ndarray) -> float:
     """Return the share of (positive, negative) pairs of one attribute (n,) in the right order; a tie is half.
 
-    By ranks (Mann-Whitney). nan without a positive or without a negative.
+    By ranks (Mann-Whitney); there must be positives and negatives.
     """
     truth = targets.astype(bool)
-    if truth.all() or not truth.any():
-        return math.nan
     positives, ranks = int(truth.sum()), rankdata(logits)[truth].sum()
     return float((ranks - positives * (positives + 1) / 2) / (positives * (len(truth) - positives)))
 
@@ -214,47 +204,40 @@ def attribute_scores(logits: Tensor, train_y, val_y, test_y, names: list[str]) -
     """Return all scores of logits (n, A) on the test split; y (n, A) arrays of 0 and 1.
 
     "groups": mean F1 of the attributes with the same name before "=". An attribute without a positive in one
-    of the splits is in "left_out" with the reason, and in no mean. One without a negative in the test split
-    has no AUC. Raises ValueError if no attribute is left.
+    of the splits, or without a negative in the test split, is in "left_out" and in no mean. Raises ValueError
+    if no attribute is left.
     """
-    left_out = {}
-    for split, y in (("train", train_y), ("validation", val_y), ("test", test_y)):
-        for name, present in zip(names, np.asarray(y).any(0)):
-            if not present:
-                left_out.setdefault(name, f"no positive in the {split} split")
-    kept = [i for i, name in enumerate(names) if name not in left_out]
-    if not kept:
-        raise ValueError(f"none of {len(names)} attributes has a positive in the train, validation and test "
-                         "split; want more images")
+    usable = ~np.asarray(test_y, bool).all(0)
+    for y in (train_y, val_y, test_y):
+        usable &= np.asarray(y, bool).any(0)
+    kept, left_out = np.flatnonzero(usable), [names[i] for i in np.flatnonzero(~usable)]
+    if not len(kept):
+        raise ValueError(f"none of {len(names)} attributes has positives in all splits; want more images")
     logits, targets = logits[:, kept], torch.as_tensor(test_y)[:, kept]
     scores, attributes, groups = f1_scores(logits, targets), {}, {}
     for k, i in enumerate(kept):
         f1, y = scores["per_attribute"][k], targets[:, k].numpy()
-        attributes[names[i]] = {"f1": f1, "share": float(y.mean())}
-        if not y.all():
-            attributes[names[i]]["auc"] = auc_score(logits[:, k].numpy(), y)
+        attributes[names[i]] = {"f1": f1, "share": float(y.mean()), "auc": auc_score(logits[:, k].numpy(), y)}
         groups.setdefault(names[i].split("=")[0], []).append(f1)
-    scores |= {"per_attribute": attributes, "left_out": left_out, "top5_recall": top_recall(logits, targets),
-               "groups": {name: float(np.mean(values)) for name, values in groups.items()}}
-    aucs = [row["auc"] for row in attributes.values() if "auc" in row]
-    return scores | ({"auc": float(np.mean(aucs))} if aucs else {})
+    auc = np.mean([row["auc"] for row in attributes.values()])
+    return scores | {"per_attribute": attributes, "left_out": left_out, "auc": float(auc),
+                     "top5_recall": top_recall(logits, targets),
+                     "groups": {name: float(np.mean(values)) for name, values in groups.items()}}
 
 
 # measures of a latent space
 
 def latent_measures(z, seed: int = 0, count: int = 2000) -> dict:
-    """Return measures of latents z (n, C, h, w), array or tensor; of MEASURED of them by seed, if more.
+    """Return measures of latents z (n, C, h, w), array or tensor; of every so many-th, if over MEASURED.
 
-    channel_std: of each channel, with the smallest and largest. spectrum: share of variance along each
-    principal direction of the tokens, falling; effective_rank: exp of its entropy. density_gini: Gini index
+    channel_std_min, channel_std_max: the smallest and largest of the channels. effective_rank: exp of the
+    entropy of the shares of variance along the principal directions of the tokens. density_gini: Gini index
     of a kernel density in two dimensions, 0 = uniform (VA-VAE, arXiv:2501.01423, by t-SNE; here by PCA).
     gmm_nll: fit of a Gaussian mixture (MAETok, arXiv:2502.03444), held-out nats per whitened dimension; 1.42
     for a Gaussian, lower for clusters; without directions in which the latents do not vary (collapsed
     channels). The last two are of `count` random tokens.
     """
-    if len(z) > MEASURED:
-        z = z[np.sort(np.random.default_rng(seed).permutation(len(z))[:MEASURED])]
-    z = np.asarray(z, dtype=np.float64)
+    z = np.asarray(z[::math.ceil(len(z) / MEASURED)], dtype=np.float64)
     tokens = z.transpose(0, 2, 3, 1).reshape(-1, z.shape[1])  # (n h w, C)
     values, vectors = np.linalg.eigh(np.cov(tokens, rowvar=False).reshape(z.shape[1], -1))
     values = np.maximum(values, 1e-12)  # rising
@@ -266,9 +249,8 @@ def latent_measures(z, seed: int = 0, count: int = 2000) -> dict:
     rank = np.arange(1, len(some) + 1)
     gini = (2 * rank - len(some) - 1) @ density / (len(some) * density.sum())
     return {"effective_rank": float(np.exp(-(share * np.log(share)).sum())), "density_gini": float(gini),
-            "gmm_nll": gmm_nll(varying[:half], varying[half:]), "channel_std_min": float(spread.min()),
-            "channel_std_max": float(spread.max()), "channel_std": spread.tolist(),
-            "spectrum": share[::-1].tolist()}
+            "gmm_nll": gmm_nll(varying[:half], varying[half:]),
+            "channel_std_min": float(spread.min()), "channel_std_max": float(spread.max())}
 
 
 def gmm_nll(train: np.ndarray, test: np.ndarray, components: int = 10, steps: int = 50, seed: int = 0):
@@ -318,28 +300,23 @@ def probe_set(splits: dict, nets: Networks, with_attributes: bool, args, device)
 
 # table and picture
 
-def short_names(paths) -> list[str]:
-    """Return the folders in which the paths differ, such as the names of the runs."""
-    parts = [Path(path).parts for path in paths]
-    differ = [i for i in range(min(map(len, parts))) if len({p[i] for p in parts}) > 1]
-    names = ["/".join(p[i] for i in differ) for p in parts]
-    return names if len({*names}) == len(names) > 1 else ["/".join(p[-3:]) for p in parts]
-
-
 def table(results: list[dict], labels: list[str]) -> str:
-    """Return the measures of all VAEs as a Markdown table: one column per VAE."""
+    """Return the single numbers of all VAEs as a Markdown table: one column per VAE."""
     rows = {"": labels, "---": ["---"] * len(labels)}
     for part in ("flat", "pooled", "mapper", "sit", "latent"):
-        for key, name in MEASURES.items():
-            if key in results[0].get(part, {}):
-                rows[f"{part}: {name}"] = [f"{result[part][key]:.4f}" for result in results]
+        for key, value in results[0].get(part, {}).items():
+            if isinstance(value, float):
+                rows[f"{part}: {key}"] = [f"{result[part][key]:.4f}" for result in results]
     for group in results[0]["flat"].get("groups", {}):
         rows[f"flat: F1 of {group}"] = [f"{result['flat']['groups'][group]:.4f}" for result in results]
     return "\n".join(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items())
 
 
-def pca_rgb(tokens: Tensor) -> np.ndarray:
-    """Colour tokens (B, N, D) by their first three principal components over all of them: uint8 (B, N, 3)."""
+def colour_tokens(tokens: Tensor, size: int) -> Tensor:
+    """Colour tokens (B, N, D) of a square grid by their first three principal components over all of them.
+
+    Returns images, uint8 (B, 3, size, size), in which every token is a square.
+    """
     flat = tokens.detach().cpu().double().flatten(0, 1)
     flat = flat - flat.mean(0)
     axes = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)  # (D, 3)
@@ -347,21 +324,16 @@ def pca_rgb(tokens: Tensor) -> np.ndarray:
     colour = flat @ axes
     low, high = torch.quantile(colour, colour.new_tensor([0.02, 0.98]), dim=0)
     colour = ((colour - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return (255 * colour).round().to(torch.uint8).view(*tokens.shape[:2], 3).numpy()
-
-
-def colour_tokens(tokens: Tensor, size: int) -> Tensor:
-    """Tokens (B, N, D) of a square grid -> images uint8 (B, 3, size, size), every token a square."""
     side = math.isqrt(tokens.shape[1])
-    colours = torch.from_numpy(pca_rgb(tokens)).view(-1, side, side, 3).permute(0, 3, 1, 2)
-    return F.interpolate(colours, size=(size, size), mode="nearest")
+    colour = (255 * colour).round().to(torch.uint8).view(-1, side, side, 3).permute(0, 3, 1, 2)
+    return F.interpolate(colour, size=(size, size), mode="nearest")
 
 
 @torch.no_grad()
 def draw_pca(path, vaes, labels, images: Tensor, teacher_weights, device) -> list[str]:
-    """Write images uint8 (B, 3, H, W), below them latents, mapper and teacher tokens, coloured by `pca_rgb`.
+    """Write images uint8 (B, 3, H, W), below them latents, mapper and teacher tokens, by `colour_tokens`.
 
-    Returns the names of these strips. A teacher whose weights cannot be had is named and left out.
+    Returns the names of these strips.
     """
     x, size = data.to_float(images.to(device)), images.shape[-1]
     strips, teachers = {"images": images}, {}
@@ -374,11 +346,8 @@ def draw_pca(path, vaes, labels, images: Tensor, teacher_weights, device) -> lis
             strips[f"{label}: mapper"] = colour_tokens(tokens, size)
             teachers[own["teacher"]] = math.isqrt(tokens.shape[1])
     for name, grid in teachers.items():
-        try:
-            tokens = Teacher(name, grid, teacher_weights).to(device)(x)
-            strips[f"teacher {name}"] = colour_tokens(tokens, size)
-        except FileNotFoundError as error:
-            common.print0(f"no teacher tokens in the picture: {error}")
+        tokens = Teacher(name, grid, teacher_weights).to(device)(x)
+        strips[f"teacher {name}"] = colour_tokens(tokens, size)
     data.save_grid(path, torch.cat(list(strips.values())), columns=len(images), scale=max(1, 96 // size))
     return list(strips)
 
@@ -387,20 +356,16 @@ def draw_pca(path, vaes, labels, images: Tensor, teacher_weights, device) -> lis
 
 def parse_args(argv=None):
     parser = common.new_parser(__doc__)
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help="'shapes', or a folder: CelebA, DeepFashion, AwA2, or any with "
-        "attributes.csv or class folders")
-    add("--image-size", type=positive, help="pixels; default: that of the VAE, else 256, or 32 for 'shapes'")
+    add = parser.add_argument
+    add("--data", default="shapes", help="'shapes', or a folder as attributes.py says")
+    add("--image-size", type=positive, help="pixels; default: the first VAE's, else 256, or 32 for 'shapes'")
     add("--num-train", type=natural, default=0, help=f"images to fit on; 0 = all, {SHAPES_TRAIN} of 'shapes'")
     add("--classes", action="store_true", help="probe class labels only")
     add("--class-data", metavar="DIR", help="class folders for the class probe, where --data has none")
     add("--batch-size", type=positive, default=64, help="images per forward")
     add("--workers", type=natural, default=4, help="processes that read images")
-    add = parser.add_argument_group("features").add_argument
-    add("--vae", nargs="+", help="files, folders of them (newest), or hf://owner/repo/file; default: the VAE "
-        "of --sit, or out/vae")
-    add("--report", nargs="+", metavar="VAE", help="as --vae; writes beside --out a table (_report.md) and a "
-        "PCA picture of latents, mapper and teacher (_pca.png)")
+    add("--vae", nargs="+", help="files, folders (newest), or hf://...; default: that of --sit, or out/vae")
+    add("--report", nargs="+", metavar="VAE", help="as --vae; also writes a table and a PCA picture")
     add("--mapper", action="store_true", help="also probe the mean of the mapper's tokens, without noise")
     add("--sit", help="also probe the mean token of this SiT, ours or published: as --vae")
     add("--latent-stats", help="as in sample.py: statistics of the SiT's latents; default: those in its file")
@@ -421,47 +386,47 @@ def open_sit(args) -> tuple:
     if sit.null_label is None:
         raise ValueError(f"--sit {args.sit} has no null label, and the true one would leak the answer")
     if not args.vae and not args.report:
-        if sit_file.get("format") != checkpoints.SIT:
+        if "latents" not in sit_file:
             raise ValueError(f"--sit {args.sit} is published and does not name its VAE: give --vae FILE")
         args.vae = [sit_file["latents"]["vae"]]
     return sit, sit_file
 
 
-def image_size(args, paths) -> int:
-    """Return --image-size, else the size that the VAEs were trained at, else the default of the data."""
-    trained = {checkpoints.read_own(path).get("args", {}).get("image_size") for path in paths} - {None}
-    if not args.image_size and len(trained) > 1:
-        raise ValueError(f"the VAEs were trained at {sorted(trained)} pixels; choose one with --image-size")
-    return args.image_size or max(trained, default=data.default_size(args.data))
-
-
 def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
-    torch.set_float32_matmul_precision("highest")  # L-BFGS compares losses that TF32 cannot tell apart
+    # L-BFGS compares losses that TF32 cannot tell apart, and encode.py makes its latents without TF32, too.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if not proc.main:  # one process does it all
         return None
-    if args.report and args.vae:
-        raise ValueError("--report and --vae both name VAEs; give them to --report only")
     if not 0 <= args.t <= 1:
         raise ValueError(f"--t {args.t} is outside 0..1, where 0 is clean and 1 is noise")
 
     # networks
     sit, sit_file = open_sit(args) if args.sit else (None, None)
-    paths = [checkpoints.resolve(path) for path in args.report or args.vae or ["out/vae"]]
-    labels, size = short_names(paths), image_size(args, paths)
+    labels = args.report or args.vae or ["out/vae"]
+    paths = [checkpoints.resolve(path) for path in labels]
+    trained_on = checkpoints.read_own(paths[0]).get("args", {}).get("image_size")
+    args.image_size = args.image_size or trained_on or data.default_size(args.data)
 
     # data: attributes of the first set, classes of the last
     sets = []
     for name in filter(None, (args.data, args.class_data)):
-        sets.append(open_attributes(name, size, args.num_train, args.seed))
+        sets.append(open_attributes(name, args.image_size, args.num_train, args.seed))
     counts = {split: len(indices) for split, (_, indices) in sets[0].items()}
-    common.print0(f"linear probe of {args.data} at {size} px: {counts} images")
+    print(f"linear probe of {args.data} at {args.image_size} px: {counts} images")
     with_attributes = bool(sets[0]["test"][0].attribute_names) and not args.classes
-    with_classes = len(sets[-1]["test"][0].class_names) > 1
-    if not with_classes and (args.classes or args.class_data or not with_attributes):
+    if (args.classes or args.class_data) and len(sets[-1]["test"][0].class_names) == 1:
         raise ValueError(f"{args.class_data or args.data} has no classes to probe; want a folder per class "
                          "(--class-data DIR)")
+
+    # picture
+    base = Path(args.out).with_suffix("")
+    if args.report:
+        images, indices = sets[0]["test"]
+        shown = images.batch(indices[:12])["images"]
+        strips = draw_pca(f"{base}_pca.png", paths, labels, shown, args.teacher_weights, proc.device)
 
     # probes
     results = []
@@ -478,23 +443,20 @@ def main(argv=None):
         result |= probe_set(sets[0], nets, with_attributes, args, proc.device)
         for class_set in sets[1:]:
             for name, scores in probe_set(class_set, nets, False, args, proc.device).items():
-                if name != "latent":
-                    result[name] |= scores
+                result[name] = scores | result[name]
         results.append(result)
 
     # report
-    text, left_out = table(results, labels), results[0]["flat"].get("left_out", {})
-    common.print0(text)
-    for name, why in left_out.items():
-        common.print0(f"{name}: {why}, left out")
+    text = table(results, labels)
+    print(text)
+    left_out = results[0]["flat"].get("left_out")
+    if left_out:
+        print(f"left out, for want of positives in a split: {', '.join(left_out)}")
     report = {"vaes": results, "labels": labels, "args": vars(args), "versions": common.versions(),
               "images": counts}
     with data.replacing(args.out) as file:
         file.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     if args.report:
-        base, (images, indices) = Path(args.out).with_suffix(""), sets[0]["test"]
-        pictures = images.batch(indices[:12])["images"]
-        strips = draw_pca(f"{base}_pca.png", paths, labels, pictures, args.teacher_weights, proc.device)
         text += f"\n\n![]({base.name}_pca.png)\n\nFrom the top: {', '.join(strips)}.\n"
         Path(f"{base}_report.md").write_text(text)
     return report

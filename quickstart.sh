@@ -53,7 +53,7 @@ sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --
 
 # arm plain|send: everything that is done with one of the two VAEs.
 arm() {
-  trap 'exit 143' TERM  # see below
+  trap 'exit 143' TERM  # a trainer that has saved on a signal exits 0, but its stage is not done
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
   local cfg name="$1" dir="$OUT/$1" align="--align 0"
   # Noise before the mapper costs more than it gives at this scale (docs/results.md). train_vae.py's default: on.

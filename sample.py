@@ -130,6 +130,7 @@ def open_models(args):
     return model, vae, latents, {
         "checkpoint": str(ckpt), "checkpoint_sha256": digest, "step": saved.get("step", saved.get("steps")),
         "vae": str(vae_path), "vae_hash": vae_hash, "latent_statistics": source,
+        "latents": None if published else saved["args"]["latents"],
         "latent_statistics_sha256": checkpoints.statistics_hash(mean, std)}
 
 
@@ -157,8 +158,9 @@ def write(args, images, labels, latents, facts):
     shown = images[:SHOWN]
     by_class = args.labels == "balanced" and num_classes > 1
     columns = min(num_classes, 10) if by_class else max(1, math.isqrt(len(shown)))
+    note = " (one column per class)" if by_class and columns == num_classes else ""
     data.save_grid(folder / "grid.png", shown, columns=columns, scale=max(1, 64 // images.shape[1]))
-    print(f"wrote {folder}/grid.png" + (" (one column per class)" if columns == num_classes else ""))
+    print(f"wrote {folder}/grid.png{note}")
     protocol = {**vars(args), **facts, "class_names": latents["class_names"][:100], **common.versions()}
     with data.replacing(folder / "protocol.json") as file:
         file.write(json.dumps(protocol, indent=1).encode())

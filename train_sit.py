@@ -362,7 +362,6 @@ def main(argv=None):
     # Data.
     latents = data.LatentFolder(args.latents)
     held_out = open_held_out(args, latents)
-    dataset = WithImages(latents, open_images(args, latents)) if args.repa else latents
     # A global batch is processes x micro-batches x images of a micro-batch.
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
     num_steps = common.plan_steps(args.steps, args.epochs, len(latents), args.batch_size)
@@ -370,11 +369,11 @@ def main(argv=None):
     # Networks.
     torch.manual_seed(args.seed)  # initial weights only; the steps draw from (seed, step, row)
     nets = build(args, latents, proc)
-    facts = latents.facts
-    common.print0(f"latents: {len(latents):,} of {facts['channels']} x {facts['latent_size']}, "
-                  f"{latents.num_classes} classes, VAE {facts['vae_hash'][:12]}")
     networks = {args.model: nets.model, "teacher": nets.teacher}
     common.print_plan(args, proc, networks, len(latents), micro, accum, num_steps)
+    facts, (height, width) = latents.facts, latents.facts["latent_size"]
+    common.print0(f"latents: {len(latents):,} of {facts['channels']} x {height} x {width}, "
+                  f"{latents.num_classes} classes, VAE {facts['vae_hash'][:12]}")
     if args.dry_run:
         return None
 
@@ -387,6 +386,7 @@ def main(argv=None):
     del saved  # its tensors have been copied
 
     # Training.
+    dataset = WithImages(latents, open_images(args, latents)) if args.repa else latents
     loader = data.make_loader(dataset, args.batch_size, proc, micro, args.seed, step, num_steps, args.workers)
     progress = common.Progress(args, proc, step, num_steps, show=("loss", "repa", "val_flow"))
     for step, batches in progress.steps(loader, accum):

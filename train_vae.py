@@ -170,7 +170,7 @@ def train_step(nets, batches, step, args, num_steps):
     if use_disc:
         lr = common.learning_rate(step, args.disc_lr, args.warmup, args.cooldown, num_steps)
         norm, bad = common.optimizer_step(nets.opt_disc, lr, args.grad_clip, nets.scaler_disc)
-        # Its statistics have seen the reconstructions: those of a bad VAE step do not count either.
+        # The discriminator has seen the reconstructions: its statistics of a bad VAE step do not count.
         skipped = skipped | bad
         common.update_batch_norms(nets.disc, skipped)
         summary["grad_norm_disc"] = norm
@@ -243,7 +243,7 @@ def parse_args(argv=None):
     add("--disc-lr", type=float, default=1e-4,  # REPA-E; not in the paper
         help="AdamW learning rate of the discriminator")
     add("--bn-group", type=positive, default=32,
-        help="images per BatchNorm call in mapper and discriminator")
+        help="images that share BatchNorm's statistics, in mapper and discriminator; divides a micro-batch")
     common.add_training_flags(parser, log_every=50, save_every=5000)
     add = parser.add_argument_group("looking").add_argument
     add("--eval-every", type=natural, default=1000,
@@ -275,8 +275,9 @@ def build(args, proc, saved=None) -> Networks:
         if module in (nets.send, nets.disc):
             common.GroupBatchNorm2d.convert(module, args.bn_group)
         module.to(proc.device)
-        # cuDNN's bf16 convolutions want NHWC. The teacher is a transformer: it has one convolution.
-        if proc.device.type == "cuda" and module is not nets.teacher:
+    for module in (vae, nets.lpips, nets.disc):
+        # cuDNN's bf16 convolutions want NHWC. Teacher and mapper are transformers.
+        if proc.device.type == "cuda" and module is not None:
             module.to(memory_format=torch.channels_last)
     # LPIPS and the discriminator stay eager: their share of the step is small.
     if args.compile:
@@ -396,8 +397,10 @@ def unpack(nets, saved, args) -> None:
     theirs = saved["mapper_config"] and checkpoints.config_of(MapperConfig, saved["mapper_config"], path)
     ours = None if mapper is None else mapper.config
     teacher = None if mapper is None else args.teacher
+    group = min(saved["args"].get("bn_group", args.bn_group), args.batch_size)
     for name, there, here in (("mapper", theirs, ours), ("teacher", saved["teacher"], teacher),
-                              ("GAN", saved["discriminator"] is not None, nets.disc is not None)):
+                              ("GAN", saved["discriminator"] is not None, nets.disc is not None),
+                              ("--bn-group", group, args.bn_group)):
         if there != here:
             raise ValueError(f"{path} was trained with {name} {there}, the flags ask for {here}; give the "
                              f"same flags or another --out")
@@ -474,10 +477,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # initial weights only; the steps draw from (seed, step, row)
     saved = checkpoints.newest(args.out, checkpoints.VAE)  # None: a new run
     nets = build(args, proc, saved)
-    common.print0(f"data: {len(train_set):,} images, {train_set.num_classes} classes, {args.image_size} px")
     networks = {"vae": nets.send.vae, "mapper": nets.send.mapper, "discriminator": nets.disc,
                 "teacher": nets.teacher, "lpips": nets.lpips}
     common.print_plan(args, proc, networks, len(train_set), micro, accum, num_steps)
+    common.print0(f"data: {len(train_set):,} images, {train_set.num_classes} classes, {args.image_size} px")
     if args.dry_run:
         return None
 

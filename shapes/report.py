@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import checkpoints
 import common
@@ -37,8 +36,6 @@ def parse_args(argv=None):
 
 def measured(run: Path) -> dict:
     """Return {arm: {measure: value}} of one run. Raises FileNotFoundError if a stage has not run."""
-    # of a stage that ran twice, the last time counts
-    seconds = dict(line.split() for line in (run / "seconds.txt").read_text().splitlines())
     table = {}
     for arm, vae in zip(ARMS, json.loads((run / "probe.json").read_text())["vaes"]):
         rfid, gfid = (json.loads((run / arm / name).read_text()) for name in ("rfid.json", "gfid.json"))
@@ -49,8 +46,6 @@ def measured(run: Path) -> dict:
             values[f"FD-judge of {drawn['n']} samples vs {gfid['reference']['name']}, {how}"] = drawn["fd"]
             values[f"class accuracy of samples, {how}"] = drawn["class_accuracy"]
         values |= {f"probe F1 of {name}, flattened": f1 for name, f1 in vae["flat"]["groups"].items()}
-        for stage in ("vae", "sit"):
-            values[f"seconds, {stage}"] = int(seconds[f"{arm}-{stage}"])
         table[arm] = values
     return table
 
@@ -63,9 +58,8 @@ def markdown_table(tables: list[dict]) -> str:
         difference = [b - a for a, b in zip(plain, send)]
         cells = [name]
         for values, sign in ((plain, ""), (send, ""), (difference, "+")):
-            digits = 0 if name.startswith("seconds") else 3 if max(map(abs, values)) < 2 else 2
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):{sign}.{digits}f}{spread}")
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):{sign}.3f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -82,41 +76,16 @@ def draw_pictures(run: Path) -> None:
         vae = checkpoints.load_vae(path)
         strips.append(data.to_uint8(vae.decode(vae.encode(data.to_float(images)).mode())))
     data.save_grid(run / "reconstructions.png", torch.cat(strips), columns=SHOWN, scale=3)
-    add_labels(run / "reconstructions.png", ["images", *ARMS.values()])
-    names = probe.draw_pca(run / "pca.png", vaes, ARMS.values(), images, None, torch.device("cpu"))
-    add_labels(run / "pca.png", names)
+    probe.draw_pca(run / "pca.png", vaes, ARMS.values(), images, None, torch.device("cpu"))
 
     columns = []  # (classes, H, W, 3) each
     for arm in ARMS:
-        archive = np.load(run / arm / "samples" / "cfg2" / "samples.npz")
-        samples, labels = archive["arr_0"], archive["arr_1"]
-        by_class = [samples[labels == k] for k in range(val.num_classes)]
-        for i in range(min(8, *map(len, by_class))):
-            columns.append(np.stack([images[i] for images in by_class]))
-        columns.append(np.full_like(columns[0], 255))  # a white gap
+        samples = np.load(run / arm / "samples" / "cfg2" / "samples.npz")["arr_0"]
+        rounds = min(8, len(samples) // val.num_classes)  # image i has class i mod num_classes
+        columns += [*samples[:rounds * val.num_classes].reshape(rounds, -1, 32, 32, 3)]
+        columns += [np.full_like(columns[0], 255)]  # a white gap
     grid = np.stack(columns[:-1], axis=1)  # (classes, 8 + 1 + 8, H, W, 3)
-    data.save_grid(run / "samples.png", grid.reshape(-1, *grid.shape[2:]), columns=grid.shape[1], scale=2)
-
-
-def add_labels(path, labels: list[str]) -> None:
-    """Write a name left of each strip of a picture."""
-    picture = ImageOps.expand(Image.open(path), border=(150, 0, 0, 0), fill="white")
-    for k, label in enumerate(labels):
-        middle = (k + 0.5) * picture.height / len(labels)
-        ImageDraw.Draw(picture).text((140, middle), label, "black", ImageFont.load_default(15), anchor="rm")
-    picture.save(path)
-
-
-def draw_curves(run: Path) -> str:
-    """Write curves.png and return the line that shows it; without matplotlib, the command that draws it."""
-    logs = [f"{run}/{arm}/{stage}/log.jsonl" for stage in ("vae", "sit") for arm in ARMS]
-    keys = "rec,psnr_db,align,flow,val_flow,grad_norm"
-    command = ["curves", *logs, "--keys", keys, "--out", f"{run}/curves.png"]
-    try:
-        plot.main(command)
-    except ModuleNotFoundError:
-        return f"Losses over steps: `pip install matplotlib; python plot.py {' '.join(command)}`"
-    return "Losses over steps of the fine-tuned VAEs and of the SiTs: ![](curves.png)"
+    data.save_grid(run / "samples.png", grid.reshape(-1, 32, 32, 3), columns=grid.shape[1], scale=2)
 
 
 def main(argv=None):
@@ -124,10 +93,20 @@ def main(argv=None):
     table = markdown_table([measured(run) for run in runs])
     if len(runs) == 1:
         draw_pictures(runs[0])
+        logs = [f"{runs[0]}/{arm}/{stage}/log.jsonl" for stage in ("vae", "sit") for arm in ARMS]
+        keys = "rec,psnr_db,align,flow,val_flow,grad_norm"
+        command = ["curves", *logs, "--keys", keys, "--out", f"{runs[0]}/curves.png"]
+        curves = "![](curves.png)"
+        try:
+            plot.main(command)
+        except ModuleNotFoundError:
+            curves = f"`pip install matplotlib; python plot.py {' '.join(command)}`"
         text = ["# Quickstart report", __doc__.split("\n\n")[1], table,
-                "![](reconstructions.png)\n\nPrincipal components as colour: ![](pca.png)",
+                "Images, reconstructions of plain VAE and Send-VAE: ![](reconstructions.png)",
+                "Principal components as colour: images, latents of plain VAE and Send-VAE, mapper's output, "
+                "teacher's tokens: ![](pca.png)",
                 "Samples, guidance 2, a line per class; left plain VAE, right Send-VAE: ![](samples.png)",
-                draw_curves(runs[0])]
+                f"Losses over steps of the fine-tuned VAEs and of the SiTs: {curves}"]
         (runs[0] / "report.md").write_text("\n\n".join(text) + "\n")
     print(table)
 

@@ -89,9 +89,9 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(pictures, tmp_path_factory):
-    """Paths of what the stages leave, from random weights: .pictures -> .vae -> .latents -> .sit (tiny sizes).
+    """Paths of what the stages leave: .pictures -> .vae -> .latents -> .sit, of tiny sizes and random weights.
 
-    The weights have unit gain, so that outputs differ from image to image, as they do after training.
+    The VAE's weights have unit gain, so that outputs differ from image to image, as they do after training.
     """
     import encode
     import small
@@ -104,10 +104,12 @@ def trained(pictures, tmp_path_factory):
     for p in vae.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    small.small_vae_checkpoint(root / "vae", vae, image_size=32, discriminator=PatchDiscriminator().state_dict())
+    disc = PatchDiscriminator().state_dict()
+    small.small_vae_checkpoint(root / "vae", vae, image_size=32, discriminator=disc)
     encode.main(["--data", pictures, "--vae", str(root / "vae"), "--workers", "0", "--device", "cpu",
                  "--shard-size", "16", "--out", str(root / "latents")])
     facts = LatentFolder(root / "latents").facts
     sit = small.small_sit(input_size=4, in_channels=facts["channels"], num_classes=2)
     small.small_sit_checkpoint(root / "sit", sit, vae, latents=facts)
-    return SimpleNamespace(pictures=pictures, **{name: str(root / name) for name in ("vae", "latents", "sit")})
+    return SimpleNamespace(pictures=pictures, vae=str(root / "vae"), latents=str(root / "latents"),
+                           sit=str(root / "sit"))

@@ -13,7 +13,7 @@ import train_sit
 import train_vae
 
 TINY = ("--vae tiny --model tiny/1 --image-size 32 --teacher shapes --batch-size 2 --iters 1 --device cpu "
-        "--dtype fp32").split()
+        "--dtype fp32 --seed 1").split()
 
 
 @pytest.mark.parametrize("stage", bench.STAGES)
@@ -22,27 +22,26 @@ def test_stage_reports_throughput_and_flops(stage, capsys):
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["stage"] == stage and row["images_per_s"] > 0 and row["batch_size"] == 2
     assert row["images_per_s"] == pytest.approx(2000 / row["step_ms"], rel=0.05) and row["iters"] == 1
-    assert row["tflop_per_s"] > 0 and row["mfu_percent"] > 0 and row["autocast"] == "torch.float32"
-    assert "measured here" in row["peak_source"]
+    assert row["tflop_per_s"] > 0 and "mfu_percent" not in row and row["autocast"] == "torch.float32"
 
 
 @pytest.mark.parametrize("stage, trainer", [("vae", train_vae), ("sit", train_sit)])
 def test_step_is_the_trainers_own_with_all_its_networks(stage, trainer, monkeypatch):
-    """At 64 px, where LPIPS and GAN are in, with a teacher from timm; in two micro-batches."""
+    """At 64 px, where LPIPS and GAN are in, with a teacher from timm."""
     seen, real_step = [], trainer.train_step
 
     def spy(nets, batches, *rest):
         seen.append((nets, [len(batch["rows"]) for batch in batches], rest[1]))
         return real_step(nets, batches, *rest)
     monkeypatch.setattr(trainer, "train_step", spy)
-    more = "--image-size 64 --teacher vit_tiny_patch16_224 --micro-batch-size 1".split()
+    more = "--image-size 64 --teacher vit_tiny_patch16_224".split()
     args = bench.parse_args(["--stage", stage, *TINY, *more])
     terms, skipped = bench.make_step(stage, args, common.setup("cpu"))()
     [(nets, sizes, run)], names = seen, {name for part in terms for name in part}
-    assert sizes == [1, 1] and not skipped and nets.teacher.name == "vit_tiny_patch16_224"
+    assert sizes == [2] and not skipped and nets.teacher.name == "vit_tiny_patch16_224"
     assert names >= ({"rec", "lpips", "kl", "gan", "align", "disc"} if stage == "vae" else {"flow", "repa"})
     if stage == "vae":
-        assert nets.send.mapper.bn.group == 1 and trainer.check_groups(run, micro=1) is None
+        assert nets.send.mapper.bn.group == 2 and trainer.check_groups(run, micro=2) is None
 
 
 def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):
@@ -54,7 +53,9 @@ def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):
         convolution(x).sum().backward()  # no gradient for x: as much again as forward
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     monkeypatch.setattr(bench, "make_step", lambda *args: step)
-    bench.main(["--stage", "vae", *TINY])
+    monkeypatch.setattr(bench, "PEAK_TFLOPS", {"CPU": 0.5})
+    bench.main(["--stage", "vae", *TINY, "--dtype", "bf16"])
     row = json.loads(capsys.readouterr().out)
     flops = 2 * 2 * (4 * 64 * 32 * 9 * 32 * 32) + 2 * 2 * (8 * 512 * 512 * 64)
     assert row["tflop_per_s"] * row["step_ms"] * 1e9 == pytest.approx(flops, rel=0.01)
+    assert row["mfu_percent"] == pytest.approx(200 * row["tflop_per_s"], rel=0.02)

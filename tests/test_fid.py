@@ -1,8 +1,9 @@
 """Distances between sets of images: golden numbers, closed forms, brute force, invariances, and the commands.
 
-    pytest tests/test_fid.py          about 25 s on 2 CPU cores, half of it Inception at 299 px
+    pytest tests/test_fid.py          about 30 s on 2 CPU cores, half of it Inception at 299 px
 """
 import copy
+import functools
 import json
 import re
 import subprocess
@@ -29,7 +30,7 @@ KINDS = sorted({(case, key.split("/")[1]) for case in INCEPTION["cases"] for key
                 if key.startswith(case + "/") and key.count("/") == 2})
 JUDGE = ["--features", "shapes", "--device", "cpu", "--workers", "0"]
 TOLERANCE = {"sfid": 5e-5, "softmax": 1e-7, "softmax_unbiased": 1e-7}  # README's table; the others 2e-5
-TAPS = {"Pool1": "64", "Pool2": "192", "Mixed_6e": "768"}  # layers whose means the fixture holds, too
+TAPS = {"Pool1": "64", "Pool2": "192", "Mixed_6e": "768", "Mixed_7c": "2048"}  # the fixture has their means
 
 
 def stats_of(x, batch=64, **meta):
@@ -90,44 +91,31 @@ def test_kernel_distance_equals_torch_fidelity(name):
 @pytest.mark.parametrize("name", [name for name in METRICS["cases"] if f"{name}/is_features" in NUMBERS])
 def test_inception_score_equals_adm_and_torch_fidelity(name):
     logits = tensor(NUMBERS, f"{name}/is_features") @ tensor(NUMBERS, f"{name}/is_weight")
-    seen = 0
-    for key in (key.split("/")[1] for key in NUMBERS.files if key.startswith(f"{name}/is_")):
-        adm = re.fullmatch(r"is_adm_split(\d+)", key)
-        parts = re.fullmatch(r"is_torch_fidelity_splits(\d+)_(ordered|shuffled)_mean", key)
-        if adm:
-            mean, _ = fid.inception_score(logits, int(adm[1]))
-        elif parts:
-            shuffled = np.random.RandomState(2020).permutation(len(logits))
-            ordered = logits[shuffled] if parts[2] == "shuffled" else logits
-            mean, std = fid.inception_score(ordered, len(logits) // int(parts[1]))
-            stored = float(NUMBERS[f"{name}/{key.removesuffix('mean')}std"])
+    found = [re.fullmatch(rf"{name}/is_(adm_split|torch_fidelity_splits)(\d+)(?:_ordered_mean)?", key)
+             for key in NUMBERS.files]
+    for match in filter(None, found):  # ADM's by images in a split, torch-fidelity's by number of splits
+        size = int(match[2]) if match[1] == "adm_split" else len(logits) // int(match[2])
+        mean, std = fid.inception_score(logits, size)
+        assert mean == pytest.approx(float(NUMBERS[match[0]]), rel=1e-6)
+        if match[1] != "adm_split":
+            stored = float(NUMBERS[match[0].replace("mean", "std")])
             assert std == pytest.approx(stored, rel=1e-5, abs=1e-6)
-        else:
-            continue
-        assert mean == pytest.approx(float(NUMBERS[f"{name}/{key}"]), rel=1e-6)
-        seen += 1
-    assert seen
+    assert len({match[1] for match in found if match}) == 2
 
 
-@pytest.fixture(scope="module")
-def networks():
-    """Inception networks by table of weights, filled as the manifest says; made once."""
-    made = {}
-
-    def get(table):
-        if table not in made:
-            with torch.device("meta"):
-                net = inception.FIDInception()
-            made[table] = fill_by_name(net.to_empty(device="cpu").eval(), INCEPTION, table, ACTIVATIONS)
-        return made[table]
-    return get
+@functools.cache
+def network(table):
+    """Return Inception with a table of weights, filled as the manifest says."""
+    with torch.device("meta"):
+        net = inception.FIDInception()
+    return fill_by_name(net.to_empty(device="cpu").eval(), INCEPTION, table, ACTIVATIONS)
 
 
 @pytest.mark.parametrize("name, kind", KINDS)
 @pytest.mark.parametrize("variant", ["fp32", "fp64", "fused"])
-def test_inception_activations_equal_the_published_ports(name, kind, variant, networks):
+def test_inception_activations_equal_the_published_ports(name, kind, variant):
     dtype = torch.float64 if variant == "fp64" else torch.float32
-    net = networks(INCEPTION["cases"][name]["tensors"]).to(dtype)
+    net = network(INCEPTION["cases"][name]["tensors"]).to(dtype)
     net = inception.fuse(copy.deepcopy(net)) if variant == "fused" else net
     net.resize = kind.replace("_", "-")
     with torch.no_grad():
@@ -136,7 +124,8 @@ def test_inception_activations_equal_the_published_ports(name, kind, variant, ne
         x = net.preprocess(images)
         resized = x[:, :, ::13, ::13]
         out |= {TAPS[layer]: y.mean((2, 3)) for layer, y in net.activations(x) if layer in TAPS}
-    out["sfid"] = out["spatial"].view(-1, 17, 17, 7)
+    out["sfid"], out["logits_unbiased"] = out["spatial"].view(-1, 17, 17, 7), out["logits"]
+    out["logits"] = out["logits"] + net.fc.bias.detach()
     out |= {key.replace("logits", "softmax"): out[key].softmax(1) for key in ("logits", "logits_unbiased")}
     out["resized_slice"] = resized * 128 + 128 if kind == "tf1" else (resized + 1) / 2
     stored = [key for key in ACTIVATIONS.files if key.startswith(f"{name}/{kind}/")]
@@ -148,12 +137,11 @@ def test_inception_activations_equal_the_published_ports(name, kind, variant, ne
             np.testing.assert_allclose(out[output].numpy(), ACTIVATIONS[key], rtol=1e-6, atol=atol,
                                        err_msg=key)
             checked += 1
-    assert checked or dtype == torch.float64
     assert checked == len([key for key in stored if ("@" in key) == (dtype == torch.float64)])
 
 
-def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(tmp_path, networks):
-    net = networks(next(iter(INCEPTION["tensors"]))).float()
+def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(tmp_path, monkeypatch):
+    net = network(next(iter(INCEPTION["tensors"]))).float()
     state = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "published.pth")  # the published file has no batch counters
     loaded = inception.Extractor("inception", tmp_path / "published.pth", "pytorch-fid").net
@@ -163,12 +151,14 @@ def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(t
     with pytest.raises(ValueError, match="short.pth"):
         inception.load_inception(tmp_path / "short.pth")
     torch.save(net.state_dict(), tmp_path / "counted.pth")  # with counters, and torch's notes of versions
-    a = fid.load_extractor("inception", tmp_path / "published.pth").meta
-    b = fid.load_extractor("inception", tmp_path / "counted.pth").meta
-    assert a == b  # the values are hashed, not the file
+    monkeypatch.chdir(tmp_path)
+    np.save("three.npy", Shapes(3).images)
+    flags = "stats three.npy --resize pytorch-fid --device cpu --workers 0 --out s.npz".split()
+    facts = [fid.main([*flags, "--features-weights", name]).meta for name in ("published.pth", "counted.pth")]
+    assert facts[0] == facts[1] and facts[0]["resize"] == "pytorch-fid"
 
 
-def test_inception_weights_are_fetched_once_into_the_cache_and_checked(tmp_path, monkeypatch, capsys):
+def test_inception_weights_are_fetched_once_into_the_cache_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     published, target = tmp_path / "elsewhere.pth", tmp_path / "checkpoints" / inception.INCEPTION_FILE
     published.write_bytes(b"weights")
@@ -179,12 +169,7 @@ def test_inception_weights_are_fetched_once_into_the_cache_and_checked(tmp_path,
     monkeypatch.setattr(inception, "INCEPTION_SHA256", "9a129038")  # sha256 of b"weights"
     assert inception.find_inception() == target and target.read_bytes() == b"weights"
     published.unlink()
-    assert inception.find_inception() == target  # from the cache
-    target.write_bytes(b"wei")
-    with pytest.raises(ValueError, match="sha256"):
-        inception.find_inception()
-    other = target.rename(tmp_path / "other.pth")
-    assert inception.find_inception(other) == other and "warning" in capsys.readouterr().out
+    assert inception.find_inception().unlink() is None  # from the cache
     with pytest.raises(FileNotFoundError, match=f"{inception.INCEPTION_FILE}.*github.com/mseitzer"):
         fid.main(["gfid", "shapes", "shapes", "--device", "cpu"])  # no file, no network: no random network
 
@@ -201,21 +186,11 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form_in_any_rotati
     assert fid.frechet_distance(zero, q * a @ q.T, zero, q * b @ q.T) == pytest.approx(expected, rel=1e-7)
 
 
-def test_scaled_covariance_costs_trace_times_squared_difference_of_scales():
-    a, mu, zero = np.random.default_rng(2).standard_normal((40, 80)), np.linspace(-1, 2, 40), np.zeros(40)
-    sigma = a @ a.T / 80
-    expected = np.trace(sigma) * (3 - 1) ** 2
-    assert fid.frechet_distance(zero, sigma, zero, 9 * sigma) == pytest.approx(expected, rel=1e-9)
-    assert fid.frechet_distance(mu, sigma, zero, sigma) == pytest.approx((mu**2).sum(), rel=1e-9)
-
-
 def test_frechet_distance_is_symmetric_and_zero_for_equal_sets_also_below_full_rank():
     full, short = stats_of(gaussian(300, 64, 4, 30)), stats_of(gaussian(20, 64, 5, 40, 3))
     assert distance(full, short) == pytest.approx(distance(short, full), rel=1e-6)
-    assert np.isfinite(distance(full, short)) and distance(full, short) > 0
     assert abs(distance(full, full)) < 1e-3 and abs(distance(short, short)) < 1e-3
-    constant = [stats_of(np.full((5, 3), value)) for value in (1.0, 3.0)]
-    assert distance(*constant) == pytest.approx(3 * 2**2)
+    assert distance(*(stats_of(np.full((5, 3), value)) for value in (1.0, 3.0))) == pytest.approx(3 * 2**2)
 
 
 # statistics
@@ -230,51 +205,23 @@ def test_streaming_statistics_equal_numpy_in_one_piece(batch):
     np.testing.assert_allclose(cov, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-8, atol=1e-9)
 
 
-def test_statistics_and_measures_do_not_depend_on_the_order_of_the_images():
-    x, y = gaussian(120, 8, 7), gaussian(100, 8, 8, 1.2)
-    shuffled = np.random.default_rng(9).permutation(120)
-    expected = distance(stats_of(x), stats_of(y))
-    assert distance(stats_of(x[shuffled]), stats_of(y)) == pytest.approx(expected, rel=1e-9)
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
-    assert fid.precision_recall(x, y) == fid.precision_recall(x[shuffled], y)
-
-
 def test_two_processes_measure_what_one_does(small_set, tmp_path):
-    """Unequal shares: statistics, kept values, and a whole command."""
-    folder, _ = small_set
-    samples = str(folder / "samples.npz")
+    folder, shapes = small_set
+    samples = str(tmp_path / "odd.npz")  # unequal shares
+    data.save_npz(samples, shapes.images[:141], shapes.labels[:141])
     command = ["gfid", str(folder / "pictures"), samples, *JUDGE, "--image-size", "32", "--train", samples]
-    script = tmp_path / "run.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, common, fid
-proc = common.setup("cpu")
-mine = slice(0, 7) if proc.main else slice(7, 20)
-stats, outputs = fid.FeatureStats(), {{"features": torch.arange(60.).view(20, 3).sin()[mine]}}
-stats.update(outputs)
-stats.keep(outputs, outputs, torch.arange(20)[mine] % 2 == 0)
-stats.finish()
-if proc.main:
-    stats.save({str(tmp_path / "two.npz")!r})
-fid.main({command + ["--out", str(tmp_path / "two.json")]})
-""")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*launch, str(ROOT / "fid.py"), *command, "--out", str(tmp_path / "two.json")],
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("vs pictures-300") == 1
-    x = torch.arange(60.).view(20, 3).sin()
-    one, two = stats_of(x), fid.FeatureStats.load(tmp_path / "two.npz")
-    assert two.n == 20 and torch.equal(two.kept["features"], x[::2])
-    for mine, theirs in zip(one.moments["features"], two.moments["features"]):
-        np.testing.assert_allclose(theirs, mine, rtol=1e-12)
+    assert done.stdout.count("FD-judge-141 vs pictures-300") == 1
     one = fid.main([*command, "--batch-size", "37", "--out", str(tmp_path / "one.json")])["sets"][samples]
     two = json.loads((tmp_path / "two.json").read_text())["sets"][samples]
     assert one.pop("samples") == two.pop("samples")
     assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
-def test_statistics_survive_a_file_and_old_files_load(tmp_path):
+def test_statistics_survive_a_file(tmp_path):
     stats = stats_of(gaussian(50, 6, 10), name="noise-50", extractor="none", image_size=32)
     stats.save(tmp_path / "stats.npz")
     again = fid.FeatureStats.load(tmp_path / "stats.npz")
@@ -282,20 +229,12 @@ def test_statistics_survive_a_file_and_old_files_load(tmp_path):
     for mine, theirs in zip(stats.moments["features"], again.moments["features"]):
         assert (mine == theirs).all()
     assert torch.equal(again.kept["features"], stats.kept["features"])
-    old = {"name": "old", "extractor": "none", "crop": "center", "pixels": "00ff"}  # as 7e84d6d wrote them
-    mu, sigma = stats.moments["features"]
-    np.savez(tmp_path / "old.npz", mu=mu, sigma=sigma, n=50, meta=json.dumps(old))
-    loaded = fid.FeatureStats.load(tmp_path / "old.npz")
-    assert loaded.meta == {**old, "dimensions": 6} and abs(fid.gfid(loaded, stats)["fd"]) < 1e-6
 
 
-@pytest.mark.parametrize("key, mine, theirs", [
-    ("extractor", "inception", "shapes"), ("resize", "tf1", "pytorch-fid"), ("weights", "aa", "bb"),
-    ("image_size", 256, 32)])
-def test_statistics_that_were_measured_differently_are_not_compared(key, mine, theirs):
-    a, b = stats_of(gaussian(9, 4, 0), name="left"), stats_of(gaussian(9, 4, 0), name="right")
-    a.meta[key], b.meta[key] = mine, theirs
-    with pytest.raises(ValueError, match=f"{key}.*left has {mine}, right has {theirs}"):
+@pytest.mark.parametrize("key", ["extractor", "resize", "weights", "image_size"])
+def test_statistics_that_were_measured_differently_are_not_compared(key):
+    a, b = (stats_of(gaussian(9, 4, 0), name=name, **{key: name}) for name in ("left", "right"))
+    with pytest.raises(ValueError, match=f"{key}.*left has left, right has right"):
         fid.gfid(a, b)
 
 
@@ -304,7 +243,6 @@ def test_adm_reference_is_compared_without_its_number_of_images(tmp_path):
     np.savez(tmp_path / "VIRTUAL_x.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False), mu_s=s.mean(0),
              sigma_s=np.cov(s, rowvar=False))
     reference = fid.FeatureStats.load(tmp_path / "VIRTUAL_x.npz")
-    assert reference.n is None
     assert reference.meta == {"name": "VIRTUAL_x", "extractor": "inception", "resize": "tf1", "dimensions": 6}
     samples = fid.FeatureStats({"extractor": "inception", "resize": "tf1", "weights": "aa"})
     samples.update({"features": torch.from_numpy(x), "spatial": torch.from_numpy(s + 1)})
@@ -323,8 +261,6 @@ def test_precision_and_recall_equal_brute_force(k):
     precision, recall = fid.precision_recall(torch.from_numpy(ref), torch.from_numpy(sample), k, block=4)
     assert (precision, recall) == pytest.approx((share(sample, ref), share(ref, sample)))
     assert 0 < precision < 1 and 0 < recall < 1
-    x = torch.from_numpy(ref)
-    assert fid.precision_recall(x, x, k) == (1, 1) and fid.precision_recall(x, x + 100, k) == (0, 0)
     same = torch.ones(6, 2)
     assert fid.precision_recall(same, same, k) == (1, 1)  # radius 0: the ball holds its border
 
@@ -345,18 +281,6 @@ def test_nearest_images_equal_brute_force_and_find_planted_copies(block):
     twice = torch.from_numpy(np.concatenate([gaussian(40, 2048, 28)] * 2) + 3)  # each training image twice
     assert (fid.closer_than_training(twice, twice[:20])[0] == 0).all()
     assert (fid.closer_than_training(twice, twice[:20] + 0.01)[0] > 1).all()
-
-
-def test_kernel_distance_is_unbiased_and_grows_with_the_shift():
-    x, y = (torch.from_numpy(gaussian(600, 10, seed)) for seed in (16, 17))
-    near, spread = fid.kernel_distance(x, y, subsets=50, subset_size=100)
-    assert abs(near) < 4 * spread / 50**0.5 + 0.02
-    assert fid.kernel_distance(x, y + 1, subsets=10, subset_size=100)[0] > 1
-
-
-def test_inception_score_is_one_without_and_the_number_of_classes_with_certainty():
-    assert fid.inception_score(torch.zeros(50, 7))[0] == pytest.approx(1)
-    assert fid.inception_score(100 * torch.eye(7).repeat(5, 1))[0] == pytest.approx(7)
 
 
 def test_ssim_equals_the_definition_at_one_window():
@@ -403,13 +327,10 @@ def small_set(tmp_path_factory):
     return folder, shapes
 
 
-def test_identical_reconstructions_have_distance_zero_and_perfect_psnr_and_ssim(judge):
-    result = fid.rfid(data.eval_loader(Shapes(200, 0, "val"), 64), amplifier(1), judge)
-    assert abs(result["fd"]) < 1e-3 and result["psnr_db"] == 100 and result["n"] == 200
-    assert result["ssim"] == pytest.approx(1, abs=1e-5)
+def test_equal_images_are_at_distance_zero_and_lpips_alone_sees_more_than_eight_bits(judge):
+    same = fid.rfid(data.eval_loader(Shapes(200, 0, "val"), 64), amplifier(1), judge)
+    assert abs(same["fd"]) < 1e-3 and (same["psnr_db"], same["n"]) == (100, 200)
 
-
-def test_lpips_sees_the_raw_reconstruction_and_the_others_its_eight_bits(judge):
     def lpips(x, x_hat):
         assert x_hat.abs().max() > 2
         return (x - x_hat).abs().mean((1, 2, 3))
@@ -422,16 +343,6 @@ def test_lpips_sees_the_raw_reconstruction_and_the_others_its_eight_bits(judge):
     assert result["lpips"] == pytest.approx(2 * np.abs(x / 127.5 - 1).mean(), rel=1e-4)
 
 
-def test_judge_knows_the_classes_and_sees_noise(judge):
-    noisy = Shapes(400, 4, "train")
-    noise = 80 * np.random.default_rng(0).standard_normal(noisy.images.shape)
-    noisy.images = np.clip(noisy.images + noise, 0, 255).astype(np.uint8)
-    clean, others, damaged = (fid.compute_stats(data.eval_loader(shapes, 100), judge)
-                              for shapes in (Shapes(400, 3, "train"), Shapes(400, 4, "train"), noisy))
-    assert fid.gfid(clean, damaged)["fd"] > 2 * fid.gfid(clean, others)["fd"]
-    assert fid.gfid(clean, others)["class_accuracy"] > 0.97
-
-
 def test_any_function_extracts_features_and_some_of_a_reference_are_kept():
     def extractor(images_u8):
         return {"features": images_u8.float().mean((2, 3))}
@@ -440,8 +351,6 @@ def test_any_function_extracts_features_and_some_of_a_reference_are_kept():
     result = fid.gfid(a, b)
     assert result["n"] == 60 and result["fd"] > 0 and "class_accuracy" not in result
     assert result["reference_features"] == 9 and [*a.kept] == ["features"]  # images 0, 7, ... 56
-    first = extractor(Shapes(60, 0, "val").batch([0, 7])["images"])["features"]
-    assert torch.equal(a.kept["features"][:2], first)
 
 
 @torch.no_grad()
@@ -470,30 +379,23 @@ def test_gfid_prints_a_block_per_set_and_writes_its_protocol(small_set, tmp_path
     text = capsys.readouterr().out
     for source, n in zip(sources, (300, 50)):
         numbers = result["sets"][source]
-        assert numbers["n"] == n
         assert re.search(rf"^FD-judge-{n} vs shapes-val-400: {re.escape(source)}\n  n +{n}\n  fd +"
                          rf"{numbers['fd']:.7g}\n", text, re.M)
     assert text.count("warning") == 1 and "n = 50 images < D = 128" in text
     protocol = json.loads((tmp_path / "out" / "gfid.json").read_text())
     assert protocol["sets"] == result["sets"] and protocol["args"]["samples"] == sources
-    assert {"versions", "device", "processes", "distance"} <= {*protocol}
-    expected = {"extractor": "shapes", "resize": "none", "image_size": 32, "n": 400, "dimensions": 128,
-                "split": "val", "name": "shapes-val-400"}
+    expected = {"extractor": "shapes", "image_size": 32, "n": 400, "split": "val", "name": "shapes-val-400"}
     assert protocol["reference"].items() >= expected.items()
     assert {"precision", "recall", "kid", "class_accuracy"} <= {*protocol["sets"][sources[0]]}
-    assert protocol["reference"]["weights"] == protocol["sets"][sources[0]]["samples"]["weights"]
 
 
 def test_class_accuracy_is_of_the_embedded_set_alone(small_set, tmp_path):
-    folder, shapes = small_set
     flags = [*JUDGE, "--out", str(tmp_path / "out.json")]
-    data.save_npz(tmp_path / "sixteen.npz", shapes.images, shapes.labels.astype(">u2"))
-    arrays, folders = str(tmp_path / "sixteen.npz"), str(folder / "pictures")
+    arrays, folders = (str(small_set[0] / name) for name in ("samples.npz", "pictures"))
     sets = fid.main(["gfid", "shapes", "shapes", arrays, folders, *flags])["sets"]
     assert sets["shapes"]["class_accuracy"] > 0.97 and sets[arrays]["class_accuracy"] > 0.97
     assert "class_accuracy" not in sets[folders]
-    sets = fid.main(["gfid", folders, arrays, *flags])["sets"]
-    assert "class_accuracy" not in sets[arrays]
+    assert "class_accuracy" not in fid.main(["gfid", folders, arrays, *flags])["sets"][arrays]
 
 
 def test_train_finds_planted_copies_names_their_share_and_draws_them(small_set, tmp_path):
@@ -507,9 +409,9 @@ def test_train_finds_planted_copies_names_their_share_and_draws_them(small_set, 
     sets = fid.main(["gfid", "shapes", *sources, *flags])["sets"]
     copied, clean = (sets[source]["closer_than_training"] for source in sources)
     assert 0.3 < clean < 0.7 and copied == pytest.approx(0.4 + 0.6 * clean, abs=0.1)
-    picture = np.asarray(Image.open(tmp_path / "a.png"))[::2, ::2].reshape(20, 32, 6, 32, 3).swapaxes(1, 2)
-    for sample, gap, first, *_ in picture[:10]:  # a planted copy, white, the image that it copies, ...
-        assert abs(sample.astype(int) - first).max() <= 3 and (gap == 255).all()
+    picture = np.asarray(Image.open(tmp_path / "a.png"))[::2, ::2].reshape(20, 32, 5, 32, 3).swapaxes(1, 2)
+    for sample, first, *_ in picture[:10]:  # a planted copy, the image that it copies, ...
+        assert abs(sample.astype(int) - first).max() <= 3
 
 
 def test_statistics_of_a_folder_are_a_reference_at_distance_zero_of_it(small_set, tmp_path, capsys):
@@ -538,7 +440,7 @@ def test_rfid_command_reports_psnr_ssim_and_the_originals(small_set, tmp_path, c
     folder, _ = small_set
     vae = small_vae()
     checkpoint = str(small_vae_checkpoint(tmp_path / "vae", vae))
-    result = fid.main(["rfid", str(folder / "samples.npz"), "--vae", checkpoint, *JUDGE,
+    result = fid.main(["rfid", str(folder / "samples.npz"), "--vae", checkpoint, "--no-lpips", *JUDGE,
                        "--out", str(tmp_path / "rfid.json")])
     text = capsys.readouterr().out
     assert re.search(r"^rFD-judge-300 vs originals of samples-300, split unknown$", text, re.M)
@@ -546,32 +448,21 @@ def test_rfid_command_reports_psnr_ssim_and_the_originals(small_set, tmp_path, c
     x = data.to_float(Shapes(300, 5, "train").batch(range(300))["images"])
     with torch.no_grad():
         x_hat = vae.decode(vae.encode(x).mode())
-    mse = (data.to_uint8(x_hat).double() - data.to_uint8(x).double()).square().mean((1, 2, 3))
-    assert result["psnr_db"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-4)
+    assert result["psnr_db"] == pytest.approx(data.psnr(data.to_uint8(x_hat), data.to_uint8(x)).mean().item())
     protocol = json.loads((tmp_path / "rfid.json").read_text())
     assert {"n", "fd", "psnr_db", "ssim"} <= {*protocol} and "lpips" not in protocol
     assert protocol["vae_hash"] == checkpoints.state_hash(vae.state_dict())
     torch.save(losses.LPIPS("random").features.state_dict(prefix="features."), tmp_path / "vgg16.pth")
-    few = tmp_path / "test" / "few.npy"
-    few.parent.mkdir()
-    np.save(few, Shapes(6, 5, "train").images)
-    result = fid.main(["rfid", str(few), "--vae", checkpoint, *JUDGE, "--lpips-weights",
-                       str(tmp_path / "vgg16.pth"), "--out", str(tmp_path / "lpips.json")])
-    with torch.no_grad():
-        expected = losses.LPIPS(tmp_path / "vgg16.pth")(x[:6], x_hat[:6]).mean().item()
-    assert result["lpips"] == pytest.approx(expected, rel=1e-4)
-    assert "vs originals of few-6, split test\n" in capsys.readouterr().out
-
-
-def test_rfid_crops_folders_to_the_size_that_the_vae_was_trained_on(tmp_path, capsys):
     root = pictures(tmp_path / "val", n=6, classes=0, size=48)
-    checkpoint = str(small_vae_checkpoint(tmp_path / "vae", image_size=32))
-    result = fid.main(["rfid", str(root), "--vae", checkpoint, *JUDGE, "--out", str(tmp_path / "rfid.json")])
-    assert result["reference"]["image_size"] == 32 and result["reference"]["split"] == "val"
-    assert "6 images of 32 px" in capsys.readouterr().out
+    checkpoint = str(small_vae_checkpoint(tmp_path / "vae", vae, image_size=32))  # folders are cropped to it
+    result = fid.main(["rfid", str(root), "--vae", checkpoint, *JUDGE, "--lpips-weights",
+                       str(tmp_path / "vgg16.pth"), "--out", str(tmp_path / "lpips.json")])
+    assert "6 images of 32 px" in (text := capsys.readouterr().out) and "of val-6, split val\n" in text
+    x = data.to_float(data.ImageFolder(root, 32).batch(range(6))["images"])
+    with torch.no_grad():
+        expected = losses.LPIPS(tmp_path / "vgg16.pth")(x, vae.decode(vae.encode(x).mode())).mean().item()
+    assert result["lpips"] == pytest.approx(expected, rel=1e-4)
 
-
-# refusals
 
 def fill(folder):
     """Write the wrong files of REFUSALS."""
@@ -580,33 +471,22 @@ def fill(folder):
     data.save_grid(folder / "samples" / "grid.png", images, 5)
     stats = stats_of(gaussian(9, 128, 0), name="theirs", extractor="inception", resize="tf1")
     stats.save(folder / "theirs.npz")
-    mu, sigma = stats.moments["features"]
-    np.savez(folder / "adm.npz", mu=mu, sigma=sigma, arr_0=images)
-    (folder / "cut.npz").write_bytes((folder / "adm.npz").read_bytes()[:-300])
+    (folder / "cut.npz").write_bytes((folder / "theirs.npz").read_bytes()[:-300])
     np.save(folder / "small.npy", images)
     np.save(folder / "wide.npy", np.zeros((5, 64, 64, 3), np.uint8))
 
 
 REFUSALS = [  # id, call, exception, key word
     ("reference not there", ["gfid", "nowhere", "shapes"], FileNotFoundError, "nowhere"),
-    ("samples not there", ["gfid", "shapes", "shapes", "nowhere.npz"], FileNotFoundError, "nowhere.npz"),
-    ("training images not there", ["gfid", "shapes", "shapes", "--train", "no"], FileNotFoundError, "no:"),
-    ("VAE not there", ["rfid", "shapes", "--vae", "nowhere.pt"], FileNotFoundError, "nowhere.pt"),
-    ("size for the judge", ["gfid", "shapes", "shapes", "--image-size", "64"], ValueError, "32 px"),
+    ("samples not there", ["gfid", "shapes", "nowhere.npz"], ValueError, "nowhere.npz"),
     ("damaged npz", ["gfid", "cut.npz", "shapes"], ValueError, "cut.npz"),
-    ("statistics as samples", ["gfid", "shapes", "theirs.npz"], ValueError, "theirs.npz"),
     ("statistics as originals", ["rfid", "theirs.npz", "--vae", "none"], ValueError, "theirs.npz"),
-    ("ADM's reference as originals", ["rfid", "adm.npz", "--vae", "none"], ValueError, "reference"),
     ("another network's statistics", ["gfid", "theirs.npz", "shapes"], ValueError, "theirs has inception"),
     ("folder of sample.py", ["gfid", "shapes", "samples"], ValueError, "cfg1.samples.npz"),
     ("images of two sizes", ["gfid", "small.npy", "wide.npy"], ValueError, "image_size"),
     ("few images", lambda: fid.precision_recall(torch.ones(3, 2), torch.ones(9, 2)), ValueError, "3 each"),
     ("NaN", lambda: distance(*[stats_of(np.full((9, 4), np.nan))] * 2), ValueError, "finite"),
-    ("single image", lambda: distance(*[stats_of(gaussian(1, 4, 0))] * 2), ValueError, "at least 2"),
-    ("dimensions that differ", lambda: fid.gfid(stats_of(gaussian(9, 5, 0)), stats_of(gaussian(9, 4, 0))),
-     ValueError, "dimensions"),
-    ("unknown network", lambda: fid.load_extractor("no_such_model"), ValueError, "no_such_model"),
-    ("Inception not there", lambda: inception.load_inception("absent.pth"), FileNotFoundError, "absent.pth"),
+    ("Inception not there", lambda: inception.load_inception("absent.pth"), ValueError, "absent.pth"),
 ]
 
 

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import mannwhitneyu
 
 import attributes
-import checkpoints
 import common
 import data
 import probe
@@ -39,8 +37,7 @@ def test_classes_with_distant_centres_are_found_and_shuffled_ones_at_chance():
     x = random_rows(600, 8, 4) + 20 * torch.nn.functional.one_hot(y, 8)
     *rows, test_y = three(x, y)
     assert probe.class_accuracy(probe.fit_linear_probe(*rows)["logits"], test_y) == 1
-    y = torch.randint(0, 4, (6000,), generator=torch.Generator().manual_seed(3))
-    *rows, test_y = three(random_rows(6000, 30, 2), y)
+    *rows, test_y = three(random_rows(6000, 30, 2), torch.arange(6000) % 4)
     accuracy = probe.class_accuracy(probe.fit_linear_probe(*rows)["logits"], test_y)
     assert abs(accuracy - 0.25) < 0.03  # three standard deviations
 
@@ -57,17 +54,10 @@ def test_fit_is_the_minimum_of_the_penalised_loss():
     gradient = inputs.T @ error + decay * weight[:-1]
     assert gradient.abs().max() < 5e-4 < 0.02 < (decay * weight[:-1]).abs().max()
     assert error.sum(0).abs().max() < 5e-4  # the bias has no penalty
-
-
-def test_a_known_linear_model_is_recovered():
-    weight, bias = torch.tensor([[1.0, -2, 0.5, 0]]), 0.5
-    x = random_rows(60000, 4, 40)
-    y = (x @ weight.T + bias > torch.logit(torch.rand(60000, 1, generator=torch.Generator().manual_seed(41))))
-    *rows, _, _ = three(x, y.int())
-    corners = torch.cat([torch.eye(4), torch.zeros(1, 4)])
-    logits = probe.fit_linear_probe(*rows, corners, (0.0,))["logits"]
-    torch.testing.assert_close(logits[:4] - logits[4], weight.T, rtol=0, atol=0.1)
-    assert logits[4].item() == pytest.approx(bias, abs=0.1)
+    # Scale, offset and constant features make no difference.
+    train_x, val_x = (torch.cat([1000 * x + 5, torch.full((len(x), 1), 7.0)], 1) for x in (train_x, val_x))
+    moved = probe.fit_linear_probe(train_x, train_y, val_x, val_y, train_x, (decay,))["logits"].double()
+    torch.testing.assert_close(moved, logits, rtol=1e-2, atol=0.02)
 
 
 def test_weight_decay_is_chosen_on_validation_and_the_test_split_has_no_say():
@@ -80,14 +70,6 @@ def test_weight_decay_is_chosen_on_validation_and_the_test_split_has_no_say():
     assert best["val_score"] == pytest.approx(max(scores), abs=0.015)
     assert probe.fit_linear_probe(*rows, 100 * test_x)["weight_decay"] == best["weight_decay"]
     assert torch.equal(best["logits"], probe.fit_linear_probe(*rows, test_x)["logits"])
-
-
-def test_scale_and_offset_of_features_and_constant_ones_make_no_difference():
-    x = random_rows(600, 6, 10)
-    *rows, _ = three(x, y := (x[:, :2] > 0.3).int())
-    *moved_rows, _ = three(torch.cat([1000 * x + 5, torch.full((600, 1), 7.0)], 1), y)
-    expected = probe.fit_linear_probe(*rows)["logits"]
-    torch.testing.assert_close(probe.fit_linear_probe(*moved_rows)["logits"], expected, rtol=5e-2, atol=0.2)
 
 
 @pytest.mark.parametrize("store, held, tolerance", [
@@ -118,17 +100,12 @@ def test_f1_equals_that_of_numpy_and_leaves_out_attributes_without_positives():
     assert scores["micro_f1"] == pytest.approx(2 * hits.sum() / (2 * hits + errors).sum())
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_auc_equals_the_count_of_pairs_and_the_u_statistic(ties):
-    x = random_rows(300, 1, 25)[:, 0].numpy()
-    x = np.round(2 * x) if ties else x
+def test_auc_equals_the_count_of_pairs():
+    x = np.round(2 * random_rows(300, 1, 25)[:, 0].numpy())  # with ties
     y = (x + random_rows(300, 1, 26)[:, 0].numpy() > 0.8).astype(np.uint8)
     above, below = x[y == 1][:, None], x[y == 0]
     pairs = ((above > below) + 0.5 * (above == below)).mean()
     assert probe.auc_score(x, y) == pytest.approx(pairs, abs=1e-12)
-    u = mannwhitneyu(x[y == 1], x[y == 0]).statistic
-    assert probe.auc_score(x, y) == pytest.approx(u / (y.sum() * (1 - y).sum()), abs=1e-12)
-    assert all(np.isnan(probe.auc_score(x, y * 0 + same)) for same in (0, 1))
 
 
 def test_attributes_without_positives_or_negatives_are_named_and_left_out():
@@ -138,20 +115,13 @@ def test_attributes_without_positives_or_negatives_are_named_and_left_out():
     no_train[:, 4] = 0
     names = ["hue=red", "hue=blue", "rare", "always", "never fitted"]
     scores = probe.attribute_scores(logits, no_train, ones, test_y, names)
-    assert scores["left_out"] == {"rare": "no positive in the test split",
-                                  "never fitted": "no positive in the train split"}
-    assert {*scores["per_attribute"]} == {"hue=red", "hue=blue", "always"}
-    assert scores["macro_f1"] == pytest.approx((0.5 + 0.8 + 1) / 3)  # 4/2 of 6 marked, 4 of 5, all
-    assert scores["groups"] == {"hue": pytest.approx(0.65), "always": 1}
-    assert "auc" not in scores["per_attribute"]["always"]
+    assert scores["left_out"] == ["rare", "always", "never fitted"]
+    assert {*scores["per_attribute"]} == {"hue=red", "hue=blue"}
+    assert scores["macro_f1"] == pytest.approx((0.5 + 0.8) / 2)  # 4/2 of 6 marked, 4 of 5
+    assert scores["groups"] == {"hue": pytest.approx(0.65)}
     assert scores["auc"] == pytest.approx((3 / 4 + 2.5 / 3) / 2)  # pairs in order, a tie is half
-
-
-def test_top_recall_counts_the_positives_among_the_highest():
-    logits = torch.tensor([[9.0, 8, 7, 6], [1, 2, 3, 4]])
-    targets = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1]])
+    logits, targets = torch.tensor([[9.0, 8, 7, 6], [1, 2, 3, 4]]), torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1]])
     assert probe.top_recall(logits, targets, 2) == pytest.approx(2 / 3)
-    assert probe.top_recall(logits, targets, 5) == 1
 
 
 # measures of a latent space
@@ -164,11 +134,10 @@ def test_effective_rank_is_the_number_of_equal_directions():
     basis = torch.linalg.qr(random_rows(12, 12, 14)).Q
     measures = probe.latent_measures(latents(random_rows(200 * 16, 3, 15) @ basis[:3], 12))
     assert measures["effective_rank"] == pytest.approx(3, abs=0.05)
-    spread = torch.tensor([4.0, 3, 2, 1])
+    spread, shares = torch.tensor([4.0, 3, 2, 1]), np.array([16, 9, 4, 1]) / 30
     measures = probe.latent_measures(latents(random_rows(200 * 16, 4, 29) * spread + 5, 4))
-    np.testing.assert_allclose(measures["spectrum"], np.array([16, 9, 4, 1]) / 30, rtol=0.06)
-    np.testing.assert_allclose(measures["channel_std"], spread, rtol=0.04)
-    assert measures["channel_std_min"] == measures["channel_std"][3] < measures["channel_std_max"]
+    assert measures["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=0.04)
+    assert [measures[f"channel_std_{end}"] for end in ("min", "max")] == pytest.approx([1, 4], rel=0.04)
 
 
 def test_density_gini_and_mixture_fit_see_clusters():
@@ -183,32 +152,24 @@ def test_density_gini_and_mixture_fit_see_clusters():
 
 def test_pca_colours_follow_the_strongest_directions_whatever_scale_and_offset():
     tokens = (random_rows(16 * 49, 8, 19) * torch.tensor([9.0, 4, 2] + [0.01] * 5)).view(16, 49, 8)
-    colours = probe.pca_rgb(tokens)
-    assert colours.shape == (16, 49, 3) and colours.dtype == np.uint8
+    colours = probe.colour_tokens(tokens, 14)
+    assert colours.shape == (16, 3, 14, 14) and colours.dtype == torch.uint8
     for k in range(3):
-        correlation = np.corrcoef(colours[..., k].ravel(), tokens[..., k].numpy().ravel())[0, 1]
-        assert correlation > 0.95  # positive: the sign is fixed
-    np.testing.assert_allclose(probe.pca_rgb(3 * tokens + 7).astype(int), colours, atol=1)
-    squares = probe.colour_tokens(tokens, 14)
-    assert squares.shape == (16, 3, 14, 14) and squares[3, :, 5, 8].tolist() == colours[3, 2 * 7 + 4].tolist()
-
-
-def test_names_of_vaes_are_what_tells_them_apart():
-    assert probe.short_names(["out/a/vae/ckpt_1.pt", "out/b/vae/ckpt_1.pt"]) == ["a", "b"]
-    assert probe.short_names(["x/a.pt", "x/y/a.pt"]) == ["a.pt", "y"]
-    assert probe.short_names(["out/run/vae/ckpt_1.pt"]) == ["run/vae/ckpt_1.pt"]
+        of_token = colours[:, k, ::2, 1::2].flatten()
+        assert np.corrcoef(of_token, tokens[..., k].flatten())[0, 1] > 0.95  # positive: the sign is fixed
+    torch.testing.assert_close(probe.colour_tokens(3 * tokens + 7, 14).int(), colours.int(), atol=1, rtol=0)
 
 
 # the command
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """send: a random VAE with a mapper; plain: another without; sit: a SiT on the latents of the first."""
+    """send: a random VAE with a mapper; plain: another without; other, no_null: SiTs that do not fit."""
     folder = tmp_path_factory.mktemp("probe")
     send = small_vae_checkpoint(folder / "send", mapper=small_mapper())
     small_vae_checkpoint(folder / "plain", vae=small_vae(seed=1))
-    small_sit_checkpoint(folder / "sit", latents={"vae": str(send)})
     small_sit_checkpoint(folder / "other", vae=small_vae(seed=1), latents={"vae": str(send)})
+    small_sit_checkpoint(folder / "no_null", sit=small_sit(use_null=False))
     return folder
 
 
@@ -219,18 +180,12 @@ def few_images(monkeypatch):
     monkeypatch.setitem(data.SHAPES_NUM, "val", 200)
 
 
-def nets_of(folder):
-    vae = checkpoints.load_vae(folder / "send" / "ckpt_0000001.pt")
-    mapper = checkpoints.load_mapper(folder / "send" / "ckpt_0000001.pt")
-    return probe.Networks(vae, mapper, small_sit(), torch.zeros(4), torch.ones(4))
-
-
 def test_command_compares_vaes_side_by_side(folder, tmp_path, capsys):
     report = probe.main(["--vae", str(folder / "plain"), str(folder / "send"), "--max-iter", "30",
                          "--out", str(tmp_path / "probe.json"), *CPU])
     text = capsys.readouterr().out
     assert "at 16 px: {'train': 600, 'val': 150, 'test': 200}" in text  # the VAEs were trained at 16
-    assert report["labels"] == ["plain", "send"] and "| plain | send |" in text
+    assert report["labels"] == report["args"]["vae"] and report["args"]["image_size"] == 16
     assert json.loads((tmp_path / "probe.json").read_text()) == json.loads(json.dumps(report))
     cells = {row[0]: row[1:] for row in (line[2:-2].split(" | ") for line in text.splitlines())}
     for i, vae in enumerate(report["vaes"]):
@@ -239,16 +194,18 @@ def test_command_compares_vaes_side_by_side(folder, tmp_path, capsys):
         assert flat["macro_f1"] > vae["pooled"]["macro_f1"] > 0.05  # pooling loses positions
         assert 0.6 < flat["auc"] < 1 and 0.1 < flat["class_accuracy"] < 1
         assert len(flat["per_attribute"]) == 41 and not flat["left_out"]
-        for name, value in (("flat: macro F1", flat["macro_f1"]), ("flat: F1 of hue", flat["groups"]["hue"]),
-                            ("latent: effective rank", vae["latent"]["effective_rank"])):
+        for name, value in (("flat: macro_f1", flat["macro_f1"]), ("flat: F1 of hue", flat["groups"]["hue"]),
+                            ("latent: effective_rank", vae["latent"]["effective_rank"])):
             assert float(cells[name][i]) == pytest.approx(value, abs=1e-4)
 
 
-def test_features_are_posterior_means_and_mean_tokens_without_noise_or_label(folder):
-    args, nets = probe.parse_args(["--block", "1", "--t", "0.25", *CPU]), nets_of(folder)
+def test_features_are_posterior_means_and_mean_tokens_without_noise_or_label():
+    """In batches of 100; the noise of the SiT depends on the image alone."""
+    args = probe.parse_args(["--block", "1", "--t", "0.25", *CPU])
+    nets = probe.Networks(small_vae(), small_mapper(), small_sit(), torch.zeros(4), torch.ones(4))
     images, indices = attributes.open_attributes("shapes", 16)["val"]
     index, features = probe.encode(images, indices, nets, args, torch.device("cpu"), torch.float32)
-    assert index.tolist() == list(range(600, 750)) and not nets.mapper.training and not nets.sit.training
+    assert index.tolist() == list(range(600, 750))
     with torch.no_grad():
         z = nets.vae.encode(data.to_float(Shapes(750, 0, "train", 16).batch(range(600, 750))["images"])).mean
         tokens = nets.mapper(z, torch.zeros(150), torch.zeros_like(z))
@@ -260,37 +217,27 @@ def test_features_are_posterior_means_and_mean_tokens_without_noise_or_label(fol
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_noise_of_the_sit_depends_on_the_image_and_the_seed_not_on_the_batch(folder):
-    nets, z = nets_of(folder), random_rows(6, 4 * 64, 30).view(6, 4, 8, 8)
-
-    @torch.no_grad()
-    def tokens(z, first, *flags):
-        index = torch.arange(first, first + len(z))
-        return probe.features_of(nets, z, index, probe.parse_args(["--block", "1", *flags]))["sit"]
-    torch.testing.assert_close(tokens(z[3:], 3), tokens(z, 0)[3:])
-    assert not torch.allclose(tokens(z, 1), tokens(z, 0))
-    assert not torch.allclose(tokens(z, 0, "--seed", "1"), tokens(z, 0))
-
-
 def test_a_sit_names_its_vae_and_a_published_one_is_given_the_statistics(folder, tmp_path):
     flags, sit = ["--mapper", "--num-train", "100", "--max-iter", "5", *CPU], small_sit(**SIT_SIZES["tiny/1"])
     small_sit_checkpoint(tmp_path, sit, latents={"vae": str(folder / "send")})
     ours = probe.main(["--sit", str(tmp_path), *flags, "--out", str(tmp_path / "a.json")])["vaes"][0]
     assert {"flat", "pooled", "mapper", "sit"} <= {*ours} and ours["sit"]["macro_f1"] > 0
     torch.save({"ema": sit.state_dict()}, tmp_path / "sit.pt")
-    flags += ["--out", str(tmp_path / "b.json"), "--latent-stats", "1", "--vae", str(folder / "send")]
-    assert probe.main(["--sit", str(tmp_path / "sit.pt"), *flags])["vaes"][0] == ours  # and deterministic
+    flags += ["--sit", str(tmp_path / "sit.pt"), "--out", str(tmp_path / "b.json"), "--latent-stats", "1"]
+    assert probe.main([*flags, "--vae", str(folder / "send")])["vaes"][0] == ours  # and deterministic
+    with pytest.raises(ValueError, match="--vae FILE"):
+        probe.main(flags)
 
 
-def test_report_has_a_table_and_a_picture(folder, tmp_path, capsys):
-    vaes = [str(folder / "plain"), str(folder / "send")]
-    probe.main(["--report", *vaes, "--num-train", "100", "--max-iter", "5", "--image-size", "16", "--out",
-                str(tmp_path / "r.json"), "--teacher-weights", str(tmp_path / "none.pt"), *CPU])
+def test_report_has_a_table_and_a_picture_and_says_first_what_the_picture_lacks(folder, tmp_path, capsys):
+    flags = ["--num-train", "100", "--max-iter", "5", "--out", str(tmp_path / "r.json"), *CPU]
+    probe.main(["--report", str(folder / "plain"), *flags])
     text = (tmp_path / "r_report.md").read_text()
-    assert text.splitlines()[0] == "|  | plain | send |" and "| latent: GMM fit, nats |" in text
-    assert "![](r_pca.png)" in text and "images, plain: latent, send: latent, send: mapper." in text
-    assert Image.open(tmp_path / "r_pca.png").size == (12 * 96, 4 * 96)
-    assert "no teacher tokens" in capsys.readouterr().out
+    assert "| latent: gmm_nll |" in capsys.readouterr().out and "| latent: gmm_nll |" in text
+    assert f"![](r_pca.png)\n\nFrom the top: images, {folder}/plain: latent.\n" in text
+    assert Image.open(tmp_path / "r_pca.png").size == (12 * 96, 2 * 96)
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        probe.main(["--report", str(folder / "send"), *flags, "--teacher-weights", str(tmp_path / "none.pt")])
 
 
 def test_folder_is_probed_by_its_attributes_and_classes(folder, tmp_path, capsys):
@@ -314,50 +261,32 @@ def test_folder_is_probed_by_its_attributes_and_classes(folder, tmp_path, capsys
     assert {*both["flat"]["per_attribute"]} == {"warm"} and both["pooled"]["class_accuracy"] > 0.5
     (root / "attributes.csv").write_text("\n".join(lines[root]))
     flat = probe.main(["--data", str(root), *flags])["vaes"][0]["flat"]
-    assert flat["left_out"] == {"never": "no positive in the train split"}
+    assert flat["left_out"] == ["never"] and "in a split: never\n" in capsys.readouterr().out
     assert {*flat["per_attribute"]} == {"warm"} and flat["macro_f1"] > 0.9 and flat["class_accuracy"] > 0.9
-    assert "never: no positive in the train split" in capsys.readouterr().out
     assert "macro_f1" not in probe.main(["--data", str(root), "--classes", *flags])["vaes"][0]["flat"]
     with pytest.raises(ValueError, match="no classes"):
         probe.main(["--data", str(loose), "--classes", *flags])
 
 
 def command(*flags):
-    """Return a call of the command; send, plain, sit and other in `flags` are those of the fixture."""
+    """Return a call of the command; names in `flags` are those of the fixture's folders."""
     def call(folder):
         names = [str(folder / flag) if (folder / flag).is_dir() else flag for flag in flags]
         probe.main([*names, "--num-train", "20", *CPU, "--out", str(folder / "x.json")])
     return call
 
 
-def no_null_label(folder):
-    small_sit_checkpoint(folder / "no_null", sit=small_sit(use_null=False))
-    command("--sit", "no_null")(folder)
-
-
-def published_sit(folder):
-    torch.save({"ema": small_sit(**SIT_SIZES["tiny/1"]).state_dict()}, folder / "sit.pt")
-    command("--sit", str(folder / "sit.pt"))(folder)
-
-
-def fit_of(train_n, factor):
-    x, y = random_rows(30, 3, 11), torch.zeros(30, 2)
-    return lambda folder: probe.fit_linear_probe(factor * x, y[:train_n], x, y, x)
+def fit_nan(_):
+    probe.fit_linear_probe(*[torch.full((30, 2), torch.nan), torch.zeros(30, 2)] * 2, torch.zeros(1, 2))
 
 
 REFUSALS = [
-    ("fewer targets", fit_of(29, 1), ValueError, "29"),
-    ("features are nan", fit_of(30, torch.nan), ValueError, "not finite"),
-    ("features too large", fit_of(30, torch.inf), ValueError, "not finite"),
+    ("features are nan", fit_nan, ValueError, "not finite"),
     ("no positive", lambda _: probe.attribute_scores(*[torch.zeros(4, 1)] * 4, "a"), ValueError, "none of 1"),
-    ("vaes twice", command("--report", "send", "--vae", "send"), ValueError, "--report"),
     ("no time", command("--vae", "send", "--t", "7"), ValueError, "--t"),
-    ("no folder", command("--vae", "send", "--data", "nowhere"), FileNotFoundError, "nowhere"),
     ("no mapper", command("--vae", "plain", "--mapper"), ValueError, "no mapper"),
     ("another VAE", command("--vae", "send", "--sit", "other"), ValueError, "VAE"),
-    ("no null label", no_null_label, ValueError, "null label"),
-    ("no name of a VAE", published_sit, ValueError, "--vae FILE"),
-    ("no such block", command("--sit", "sit", "--block", "99"), ValueError, "block 99")]
+    ("no null label", command("--sit", "no_null"), ValueError, "null label")]
 
 
 @pytest.mark.parametrize("call, error, word", [case[1:] for case in REFUSALS], ids=[c[0] for c in REFUSALS])

@@ -39,14 +39,13 @@ def quickstart(tmp_path, script, **env):
 
 
 def test_commands_parse_and_go_to_the_folder_that_was_named(tmp_path):
-    run = quickstart(tmp_path, 'echo "run $@"', OUT=str(tmp_path / "other"))
+    run = quickstart(tmp_path, 'echo "run $@"')
     shown = run.communicate()[0] + (tmp_path / "out" / "plain.log").read_text()
     commands = re.findall(r"^run (?:(\w+)\.py|-m (shapes\.\w+)) (.*)", shown, re.M)
     assert run.returncode == 0 and len(commands) == 19
     for script, module, arguments in commands:
         assert str(tmp_path / "out") in arguments
         importlib.import_module(script or module).parse_args(shlex.split(arguments))
-    assert not (tmp_path / "other").exists()  # OUT is too common a name to be looked at
 
 
 def test_a_second_run_does_only_what_is_left_and_refuses_other_settings(tmp_path):
@@ -59,8 +58,7 @@ def test_a_second_run_does_only_what_is_left_and_refuses_other_settings(tmp_path
 
 def test_old_python_is_refused_before_anything_is_done(tmp_path):
     run = quickstart(tmp_path, 'case "$1" in -c) exit 1;; esac')
-    assert "Python 3.11" in run.communicate()[1] and run.returncode == 2
-    assert not (tmp_path / "out").exists()
+    assert "Python 3.11" in run.communicate()[1] and run.returncode == 2 and not (tmp_path / "out").exists()
 
 
 def test_a_failure_of_the_plain_vae_is_one_of_the_quickstart(tmp_path):
@@ -109,32 +107,20 @@ def write_run(folder, shift=0.0):
         for stage in ("vae", "sit"):
             write(f"{arm}/{stage}/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write("probe.json", {"vaes": vaes, "labels": ["plain", "send"]})
-    write("seconds.txt", "pretrain 5\nplain-vae 99\nplain-vae 10\nplain-sit 10\nsend-vae 11\nsend-sit 11\n")
     return folder
 
 
-def test_table_names_every_distance_by_n_and_reference_and_puts_the_difference_last(tmp_path):
+def test_table_names_every_distance_and_several_runs_give_means_and_standard_deviations(tmp_path, capsys):
     table = report.markdown_table([report.measured(write_run(tmp_path))]).splitlines()
-    assert "| PSNR, dB | 24.00 | 23.00 | -1.000 |" in table
-    assert "| probe F1, flattened | 0.500 | 0.750 | +0.250 |" in table
-    assert "| probe F1 of hue, flattened | 0.500 | 0.750 | +0.250 |" in table
-    assert "| FD-judge of 4000 reconstructions vs their originals | 8.00 | 9.00 | +1.000 |" in table
-    assert "| FD-judge of 1000 samples vs shapes-val-4000, no guidance | 30.00 | 29.00 | -1.000 |" in table
-    assert "| FD-judge of 1000 samples vs shapes-val-4000, guidance 2 | 29.00 | 28.00 | -1.000 |" in table
-    assert "| class accuracy of samples, guidance 2 | 0.375 | 0.625 | +0.250 |" in table
-    assert "| seconds, vae | 10 | 11 | +1 |" in table
-
-
-def test_several_runs_give_means_and_standard_deviations(tmp_path, capsys):
+    for line in ("| PSNR, dB | 24.000 | 23.000 | -1.000 |",
+                 "| probe F1 of hue, flattened | 0.500 | 0.750 | +0.250 |",
+                 "| FD-judge of 4000 reconstructions vs their originals | 8.000 | 9.000 | +1.000 |",
+                 "| FD-judge of 1000 samples vs shapes-val-4000, no guidance | 30.000 | 29.000 | -1.000 |",
+                 "| class accuracy of samples, guidance 2 | 0.375 | 0.625 | +0.250 |"):
+        assert line in table
     report.main([str(write_run(tmp_path / str(shift), shift)) for shift in (0.0, 0.1, 0.2)])
     table = capsys.readouterr().out
     assert "| probe F1, flattened | 0.500 ± 0.000 | 0.850 ± 0.100 | +0.350 ± 0.100 |" in table
-
-
-def test_a_stage_that_has_not_run_is_named(tmp_path):
-    (write_run(tmp_path) / "send" / "gfid.json").unlink()
-    with pytest.raises(FileNotFoundError, match="send/gfid.json"):
-        report.measured(tmp_path)
 
 
 def test_report_is_written_with_its_pictures(tmp_path, monkeypatch, capsys):
@@ -154,11 +140,10 @@ def test_report_is_written_with_its_pictures(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] in text and "pip install matplotlib" in text
     assert all(f"]({name}.png)" in text for name in names)
     reconstructions, pca, samples = (np.array(Image.open(run / f"{name}.png")) for name in names)
-    assert reconstructions.shape == (3 * 96, 150 + 12 * 96, 3)  # images, plain, send
-    assert pca.shape == (5 * 96, 150 + 12 * 96, 3)  # images, two latents, mapper, teacher
-    assert all((strip[:, :150] < 128).any() for strip in pca.reshape(5, 96, *pca.shape[1:]))  # with names
+    assert reconstructions.shape == (3 * 96, 12 * 96, 3)  # images, plain, send
+    assert pca.shape == (5 * 96, 12 * 96, 3)  # images, two latents, mapper, teacher
     images = data.open_dataset("shapes", 32, "val").batch(range(12))["images"]
-    tiles = pca[::3, 150::3].reshape(5, 32, 12, 32, 3).transpose(0, 2, 4, 1, 3)
+    tiles = pca[::3, ::3].reshape(5, 32, 12, 32, 3).transpose(0, 2, 4, 1, 3)
     assert np.array_equal(tiles[0], images.numpy())
     z = checkpoints.load_vae(run / "send" / "vae").encode(data.to_float(images)).mode().detach()
     assert np.array_equal(tiles[2], probe.colour_tokens(z.flatten(2).transpose(1, 2), 32).numpy())
@@ -183,5 +168,5 @@ def test_charts_show_what_the_files_say(tmp_path):
     with pytest.raises(ValueError, match="nothing is logged"):
         plot.draw_curves(logs, ["none"])
     for name, files in {"curves": logs, "bars": [tmp_path / "probe.json"]}.items():
-        plot.main([name, *map(str, files), "--out", str(tmp_path / "new" / f"{name}.png")])
+        plot.main([name, *map(str, files), "--keys", "rec", "--out", str(tmp_path / "new" / f"{name}.png")])
         assert np.array(Image.open(tmp_path / "new" / f"{name}.png")).std() > 10

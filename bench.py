@@ -12,8 +12,8 @@
 
 Weights and inputs are random, which makes no step slower or faster. The images are on the device already:
 what it costs to read them is in a run's log.jsonl (data_wait_percent). FLOPs are those of one step, by
-torch's counter; a multiply-add is 2. MFU is their share of the data sheet's peak, for the GPUs named below
-and types other than fp32.
+torch's counter; a multiply-add is 2. MFU is their share of the data sheet's peak for the GPUs named below;
+elsewhere, and in fp32, of what a 2048 x 2048 matrix product reaches here.
 """
 import json
 import time
@@ -46,6 +46,8 @@ def parse_args(argv=None):
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--image-size", type=common.positive, default=256, help="pixels; below 64 LPIPS and GAN are off")
     add("--batch-size", type=common.positive, default=32, help="images per step on this device")
+    add("--micro-batch-size", type=common.natural, default=0, help="of vae and sit; 0 = all at once")
+    add("--compile", action="store_true", help="torch.compile the networks of vae, sit and sample")
     add("--iters", type=common.positive, default=10, help="timed steps; fewer if they take over 10 s")
     common.add_run_flags(parser)
     return parser.parse_args(argv)
@@ -65,21 +67,23 @@ def make_step(stage: str, args, proc):
     images = torch.randint(256, (size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
     batch = {"images": images, "moments": torch.rand(size, 2 * channels, side, side, device=device),
              "labels": torch.randint(1000, (size,), device=device), "rows": torch.arange(size)}
+    micro, _ = common.plan_batch(size, args.micro_batch_size, 1)
+    batches = [{key: value[i:i + micro] for key, value in batch.items()} for i in range(0, size, micro)]
     flags = f"--batch-size {size} --dtype {args.dtype} --teacher {args.teacher}"
-    flags += " --teacher-weights random" * (args.teacher != "shapes")
+    flags += " --teacher-weights random" * (args.teacher != "shapes") + " --compile" * args.compile
 
     if stage == "vae":
         flags += f" --vae {args.vae} --init none --image-size {args.image_size}"
-        flags += f" --bn-group {min(32, size)}"
+        flags += f" --bn-group {min(32, micro)}"  # a group is in one micro-batch
         flags += " --lpips-weights random" if args.image_size >= 64 else " --lpips 0 --gan 0"
         run = train_vae.parse_args(flags.split())
         nets = train_vae.build(run, proc)
-        return lambda: train_vae.train_step(nets, [batch], 0, run, 1)
+        return lambda: train_vae.train_step(nets, batches, 0, run, 1)
 
     if stage == "sit":
         run = train_sit.parse_args(f"{flags} --model {args.model} --repa".split())
         nets = train_sit.build(run, latents, proc)
-        return lambda: train_sit.train_step(nets, [batch], 0, run, 1)
+        return lambda: train_sit.train_step(nets, batches, 0, run, 1)
 
     if stage == "encode":
         vae.to(device, memory_format=torch.channels_last)  # as encode.py on CUDA
@@ -89,6 +93,8 @@ def make_step(stage: str, args, proc):
         run = train_sit.parse_args(f"{flags} --model {args.model}".split())
         model = train_sit.build(run, latents, proc).model.eval()
         vae.to(device)
+        if args.compile:
+            common.compile_modules(vae.decoder)
         run = sample.parse_args("--sampler euler --steps 10 --cfg 1.5".split())
         return lambda: sample.sample_images(model, vae, facts, range(size), run, device, dtype)
 
@@ -114,6 +120,9 @@ def main(argv=None):
     dtype, on_cuda = common.resolve_dtype(args.dtype, proc.device), proc.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+    if peak is None or dtype == torch.float32:  # measured, by a matrix product
+        a = torch.randn(2048, 2048, device=proc.device, dtype=dtype)
+        peak = 2 * len(a)**3 / time_steps(lambda: a @ a, 3, proc.device)[0] / 1e12
     for stage in args.stage:
         step = make_step(stage, args, proc)
         # A CPU's fused attention is unknown to the counter; the products that it is made of are not.
@@ -127,10 +136,9 @@ def main(argv=None):
         tflops = counter.get_total_flops() / seconds / 1e12
         row = {"stage": stage, "images_per_s": round(args.batch_size / seconds, 2),
                "step_ms": round(1000 * seconds, 2), "tflop_per_s": float(f"{tflops:.4g}"),
+               "mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": float(f"{peak:.4g}"),
                "autocast": str(torch.float32 if stage == "fid" else dtype),
                "device": name, "iters": len(times), **common.versions()}
-        if peak and "float32" not in row["autocast"]:
-            row |= {"mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": peak}
         if on_cuda:
             row["peak_memory_gib"] = round(common.peak_memory(proc.device) / 2**30, 2)
         common.print0(json.dumps({**vars(args), **row}))

@@ -569,7 +569,7 @@ class Progress:
         """Raise RunStopped, naming the first non-finite term, once too many steps in a row were skipped; warn
         of a run that has died: gradient, GAN and alignment (those there are) all 0."""
         vital = [abs(row[key]) for key in ("grad_norm", "gan", "align") if key in row]
-        if vital and max(vital) < 1e-8:
+        if vital and all(value < 1e-8 for value in vital):
             print0(f"warning: step {self.step}: gradient and losses are 0, nothing is learned any more; go "
                    f"back to a checkpoint before that, with a lower --lr")
         streak = int(self.bad_streak)

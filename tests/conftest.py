@@ -89,7 +89,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(pictures, tmp_path_factory):
-    """Paths of what the stages leave: .pictures -> .vae -> .latents -> .sit, of tiny sizes and random weights.
+    """Paths of what the stages leave: .pictures -> .vae -> .latents -> .sit, tiny, of random weights.
 
     The VAE's weights have unit gain, so that outputs differ from image to image, as they do after training.
     """

@@ -22,7 +22,7 @@ def test_stage_reports_throughput_and_flops(stage, capsys):
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["stage"] == stage and row["images_per_s"] > 0 and row["batch_size"] == 2
     assert row["images_per_s"] == pytest.approx(2000 / row["step_ms"], rel=0.05) and row["iters"] == 1
-    assert row["tflop_per_s"] > 0 and "mfu_percent" not in row and row["autocast"] == "torch.float32"
+    assert row["tflop_per_s"] > 0 and row["mfu_percent"] > 0 and row["autocast"] == "torch.float32"
 
 
 @pytest.mark.parametrize("stage, trainer", [("vae", train_vae), ("sit", train_sit)])
@@ -34,14 +34,17 @@ def test_step_is_the_trainers_own_with_all_its_networks(stage, trainer, monkeypa
         seen.append((nets, [len(batch["rows"]) for batch in batches], rest[1]))
         return real_step(nets, batches, *rest)
     monkeypatch.setattr(trainer, "train_step", spy)
-    more = "--image-size 64 --teacher vit_tiny_patch16_224".split()
+    compiled = []
+    monkeypatch.setattr(common, "compile_modules", lambda *modules: compiled.extend(modules))
+    more = "--image-size 64 --teacher vit_tiny_patch16_224 --micro-batch-size 1 --compile".split()
     args = bench.parse_args(["--stage", stage, *TINY, *more])
     terms, skipped = bench.make_step(stage, args, common.setup("cpu"))()
     [(nets, sizes, run)], names = seen, {name for part in terms for name in part}
-    assert sizes == [2] and not skipped and nets.teacher.name == "vit_tiny_patch16_224"
+    assert nets.teacher in compiled and sizes == [1, 1]
+    assert not skipped and nets.teacher.name == "vit_tiny_patch16_224"
     assert names >= ({"rec", "lpips", "kl", "gan", "align", "disc"} if stage == "vae" else {"flow", "repa"})
     if stage == "vae":
-        assert nets.send.mapper.bn.group == 2 and trainer.check_groups(run, micro=2) is None
+        assert nets.send.mapper.bn.group == 1 and trainer.check_groups(run, micro=1) is None
 
 
 def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):

@@ -102,7 +102,7 @@ ROWS = [
     ("channel without spread", f"{STAGE3} --latents {{bad}}/dead", ValueError, "std"),
     ("patch that does not tile", f"{STAGE3} --model S/8", ValueError, "S/1"),
     ("REPA of a block too high", f"{STAGE3} --repa --teacher shapes --repa-block 9", ValueError, "1 to 4"),
-    ("REPA of other images", f"{STAGE3} --repa --data {{pictures}}/a", ValueError, "--data"),
+    ("REPA, other images", f"{STAGE3} --repa --teacher shapes --data {{pictures}}/a", ValueError, "--data"),
     ("held out by another VAE", f"{STAGE3} --val-latents {{bad}}/other_vae", ValueError, "vae_hash"),
     ("run on another VAE", f"{STAGE3} --latents {{bad}}/other_vae --out {{sit}}", ValueError, "of VAE"),
     ("run of another model", f"{STAGE3} --qk-norm --out {{sit}}", ValueError, "qk_norm False, not True"),

@@ -5,8 +5,9 @@
 
 It goes through the entry points alone, so that all behind them may change. Everything is float32 on a CPU.
 """
+import contextlib
+import importlib
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a recording; pytest has it
 import conftest  # noqa: F401  puts the repository on the path and sets the number of threads
 
 LOCK = Path(__file__).with_name("lock.json")
-CPU, RUN = ["--device", "cpu"], ["--device", "cpu", "--dtype", "fp32", "--workers", "0"]
-TRAIN = ["--steps", "4", "--batch-size", "16", "--log-every", "1", "--warmup", "2", *RUN]
+RUN = "--dtype fp32 --workers 0"
+TRAIN = f"--steps 4 --batch-size 16 --log-every 1 --warmup 2 {RUN}"
 OF_THE_MACHINE = {"step", "time", "images_per_s", "data_wait_percent", "peak_memory_gib", "eta_s", "step_ms"}
 # Between vector units (AVX2, none) and numbers of threads most values move by 1e-6, where they are near 0 in
 # absolute terms; an image's mean by one of its 3,072 grey levels; F1 by 2e-4. Allowed is far more than that,
@@ -29,7 +30,6 @@ OF_THE_MACHINE = {"step", "time", "images_per_s", "data_wait_percent", "peak_mem
 ALLOWED = {"stage1": (1e-4, 2e-5), "latents": (1e-4, 2e-5), "stage3": (1e-4, 2e-5), "samples": (0, 0.02),
            "distances": (1e-4, 1e-4), "probes": (1e-3, 3e-3)}
 COUNTED = {"precision": 0.01, "recall": 0.01, "disc_accuracy": 0.02}  # one image or patch on the other side
-FID = ("fd", "kid", "precision", "recall")
 PROBE = {**dict.fromkeys(("flat", "pooled"), ("class_accuracy", "macro_f1", "micro_f1")),
          "latent": ("effective_rank", "density_gini", "gmm_nll")}
 
@@ -61,10 +61,9 @@ def sizes(content, *parts):
     groups = {}
     for part in parts:
         for key, value in content[part].items():
-            if not value.is_floating_point():
-                continue
-            kind = f"/{key.split('.')[-1]}" if "running" in key else ""
-            groups.setdefault(f"{part}{kind}", []).append(value.double().abs().flatten())
+            if value.is_floating_point():
+                kind = f"/{key.split('.')[-1]}" if "running" in key else ""
+                groups.setdefault(f"{part}{kind}", []).append(value.double().abs().flatten())
     return {f"|{key}|": torch.cat(values).mean().item() for key, values in groups.items()}
 
 
@@ -80,20 +79,15 @@ def redraw(state):
             value.copy_(gain * noise + (value.ndim == 1 and key.endswith("weight")))
 
 
-def entries(tree):
-    """Yield (parent, key, number) of nested JSON."""
-    for parent, branch in [("", tree)] if isinstance(tree, dict) else []:
-        yield from ((parent, key, value) for key, value in branch.items() if type(value) in (int, float))
-        for key, value in branch.items():
-            for item in value if isinstance(value, list) else [value]:
-                yield from ((above or key, name, number) for above, name, number in entries(item))
+def command(line):
+    """Run "module flags" on the CPU, as `python module.py flags` does."""
+    module, *arguments = line.split()
+    importlib.import_module(module).main([*arguments, "--device", "cpu"])
 
 
 def stage1(out):
-    import train_vae
-    train_vae.main(["--data", "train", "--image-size", "32", "--vae", "tiny", "--init", "none", "--teacher",
-                    "shapes", "--lpips", "0", "--gan", "0.1", "--rec", "l1", "--bn-group", "4",
-                    "--micro-batch-size", "4", "--lr", "1e-4", *TRAIN, "--out", "vae"])
+    command("train_vae --data train --image-size 32 --vae tiny --init none --teacher shapes --lpips 0 "
+            f"--gan 0.1 --rec l1 --bn-group 4 --micro-batch-size 4 --lr 1e-4 {TRAIN} --out vae")
     content = torch.load(out / "vae/ckpt_0000004.pt", weights_only=True)
     found = logged(out / "vae") | sizes(content, "model", "mapper", "discriminator")
     redraw(content["model"])
@@ -102,24 +96,20 @@ def stage1(out):
 
 
 def latents(out):
-    import encode
-    encode.main(["--data", "train", "--vae", "vae.pt", "--out", "latents", *RUN])
-    encode.main(["--data", "train", "--split", "val", "--vae", "vae.pt", "--out", "held_out", *RUN])
+    command(f"encode --data train --vae vae.pt --out latents {RUN}")
+    command(f"encode --data train --split val --vae vae.pt --out held_out {RUN}")
     found = {}
     for name in ("latents", "held_out"):
         meta = json.loads((out / name / "meta.json").read_text())
         found |= {f"{name}/{key}{c}": meta[key][c] for key in ("mean", "std") for c in range(0, 28, 9)}
-        stored = np.concatenate([np.load(path) for path in sorted((out / name).glob("*.npy"))
-                                 if path.stem != "labels"])
+        stored = np.concatenate([np.load(path) for path in sorted((out / name).glob("moments-*.npy"))])
         found[f"{name}/moments"] = float(np.abs(stored).mean(dtype=np.float64))
     return found
 
 
 def stage3(out):
-    import train_sit
-    train_sit.main(["--latents", "latents", "--val-latents", "held_out", "--repa", "--teacher", "shapes",
-                    "--model", "tiny/1", "--micro-batch-size", "8", "--ema", "0.3", "--sample-every", "0",
-                    "--lr", "1e-3", *TRAIN, "--out", "sit"])
+    command("train_sit --latents latents --val-latents held_out --repa --teacher shapes --model tiny/1 "
+            f"--micro-batch-size 8 --ema 0.3 --sample-every 0 --lr 1e-3 {TRAIN} --out sit")
     content = torch.load(out / "sit/ckpt_0000004.pt", weights_only=True)
     found = logged(out / "sit") | sizes(content, "model", "ema")
     behind = [(content["ema"][key] - value).abs().flatten() for key, value in content["model"].items()]
@@ -130,12 +120,10 @@ def stage3(out):
 
 
 def samples(out):
-    import sample
     found = {}
     for sampler in ("sde", "euler", "heun"):
-        sample.main(["--ckpt", "sit.pt", "--sampler", sampler, "--cfg", "2", "--cfg-interval",
-                     "0.2", "0.7", "--steps", "6", "--num", "8", "--npz", *CPU, "--dtype", "fp32",
-                     "--out", sampler])
+        command(f"sample --ckpt sit.pt --sampler {sampler} --cfg 2 --cfg-interval 0.2 0.7 --steps 6 --num 8 "
+                f"--npz --dtype fp32 --out {sampler}")
         images = np.load(out / sampler / "samples.npz")["arr_0"].reshape(8, -1).astype(np.float64)
         found |= {f"{sampler}/{i}/mean": value for i, value in enumerate(images.mean(1))}
         found |= {f"{sampler}/{i}/std": value for i, value in enumerate(images.std(1))}
@@ -143,36 +131,24 @@ def samples(out):
 
 
 def distances(out):
-    import fid
     np.savez(out / "images.npz", arr_0=draw_images(200, seed=3))
-    fid.main(["gfid", "shapes", "images.npz", "--features", "shapes", "--workers", "0", *CPU,
-              "--out", "gfid.json"])
-    found = {key: value for _, key, value in entries(json.loads((out / "gfid.json").read_text()))}
-    return {key: found[key] for key in FID}
+    command("fid gfid shapes images.npz --features shapes --workers 0 --out gfid.json")
+    found = json.loads((out / "gfid.json").read_text())["sets"]["images.npz"]
+    return {key: found[key] for key in ("fd", "kid", "precision", "recall")}
 
 
 def probes(out):
-    import probe
-    probe.main(["--data", "shapes", "--num-train", "400", "--vae", "vae.pt", "--max-iter", "20",
-                "--workers", "0", *CPU, "--out", "probe.json"])
-    report = json.loads((out / "probe.json").read_text())
-    found = {(parent, key): value for parent, key, value in entries(report)}
-    return {f"{parent}/{key}": found[parent, key] for parent, keys in PROBE.items() for key in keys}
-
-
-STAGES = (stage1, latents, stage3, samples, distances, probes)
+    command("probe --data shapes --num-train 400 --vae vae.pt --max-iter 20 --workers 0 --out probe.json")
+    found = json.loads((out / "probe.json").read_text())["vaes"][0]
+    return {f"{parent}/{key}": found[parent][key] for parent, keys in PROBE.items() for key in keys}
 
 
 def run_all(out):
     """Run every command in the folder `out` -> {stage: {name: number}}; paths are relative to it."""
-    before = os.getcwd()
-    os.chdir(out)
-    try:
+    with contextlib.chdir(out):
         write_pictures(out / "train", 22, seed=1)
         write_pictures(out / "val", 11, seed=2)
-        return {stage.__name__: stage(out) for stage in STAGES}
-    finally:
-        os.chdir(before)
+        return {stage.__name__: stage(out) for stage in (stage1, latents, stage3, samples, distances, probes)}
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Teacher, mapper and alignment loss: golden DINOv2 tokens, timm's own forward, noise ends, counts, fp16.
 
-    python -m pytest tests/test_mapper.py        about 35 s on 2 cores, no network: weights are random
-"""
+    python -m pytest tests/test_mapper.py        about 35 s on 2 cores, no network: weights are random"""
 import pytest
 import timm
 import torch
@@ -15,18 +14,15 @@ from sit import interpolate, sincos_pos_embed
 
 MANIFEST, ARCHIVE = read_fixture("teacher")
 DINOV2_S = "vit_small_patch14_dinov2.lvd142m"
-# Tolerances of tests/golden/README.md: float32 on a CPU; where a fixture holds float64, that.
-FLOAT32, FLOAT64 = 3e-5, 1e-9
+FLOAT32, FLOAT64 = 3e-5, 1e-9  # tolerances of tests/golden/README.md, for float32 on a CPU and for float64
 
 
 @pytest.mark.parametrize("case", MANIFEST["cases"])
 def test_dinov2_tokens_are_those_of_repa(case, tmp_path):
     """The fixture's weights go through a file with the 37 x 37 table: timm resamples it as REPA does."""
-    spec = MANIFEST["cases"][case]
-    config = spec["config"]
+    spec, config = MANIFEST["cases"][case], MANIFEST["cases"][case]["config"]
     name = f"{config['arch']}_patch{config['patch_size']}_dinov2.lvd142m"
-    size = config["checkpoint_grid"] * config["patch_size"]
-    published = timm.create_model(name, pretrained=False, img_size=size)
+    published = timm.create_model(name, img_size=config["checkpoint_grid"] * config["patch_size"])
     fill_by_name(published, MANIFEST, spec["tensors"], ARCHIVE, ignore=("mask_token",))
     teacher = Teacher(name, config["used_grid"], str(save(tmp_path / "weights.pth", published.state_dict())))
     images, seen = tensor(ARCHIVE, f"{case}/images_u8").permute(0, 3, 1, 2), []
@@ -85,11 +81,8 @@ def test_every_teacher_has_the_grid_of_the_latent_from_64_to_512_pixels(name, on
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.removeprefix("vit_").startswith(FAMILIES)])
-def test_teacher_tokens_equal_timms_own_forward(name, one_block, tmp_path):
-    """Random weights through a file of the published image size.
-
-    By hand: timm's statistics, bicubic resize, the file's positions resampled, prefix tokens off.
-    """
+def test_tokens_of_a_teacher_in_training_equal_timms_own_forward(name, one_block, tmp_path):
+    """By hand, from a file of the published size: statistics, bicubic resize, positions, no prefix tokens."""
     torch.manual_seed(0)
     published, grid = timm.create_model(name, pretrained=False, num_classes=0), 6
     for key, parameter in published.named_parameters():  # norms and layer scales about 1
@@ -105,22 +98,12 @@ def test_teacher_tokens_equal_timms_own_forward(name, one_block, tmp_path):
     with torch.no_grad():
         theirs, = model.forward_intermediates(x_theirs, indices=1, norm=True, output_fmt="NLC",
                                               intermediates_only=True)
-    tokens = teacher(2 * x - 1)
-    assert theirs.shape == (2, grid * grid, teacher.dim)
+    tokens = nn.Sequential(teacher).train()((2 * x - 1).requires_grad_())
+    assert theirs.shape == (2, grid * grid, teacher.dim) and not tokens.requires_grad
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     torch.testing.assert_close(tokens, theirs, atol=FLOAT32, rtol=1e-4)
     assert float(tokens.std(dim=1).mean()) > 1e-2  # the tokens differ from place to place
-
-
-def test_a_teacher_stays_frozen_in_eval_and_random_weights_follow_the_seed(one_block):
-    teachers = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        teachers.append(Teacher(DINOV2_S, 4, "random"))
-    nn.Sequential(*teachers).train()
-    assert not any(module.training for module in teachers[0].modules())
-    assert not any(p.requires_grad for p in teachers[0].parameters())
-    first, again, other = (teacher(torch.ones(1, 3, 56, 56, requires_grad=True)) for teacher in teachers)
-    assert not first.requires_grad and torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("width, heads, millions", [(768, 12, 14.46), (1024, 16, 21.02)])
@@ -148,64 +131,41 @@ def test_the_mapper_reads_the_noised_normalised_latent():
     x = x + block.attn.proj(attention.transpose(1, 2).flatten(2))
     x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
     assert torch.allclose(model(z, t, eps), model.projector(x), atol=1e-5)
+    linear = small_mapper(kind="linear", patch_size=2)  # 4 x 4 tokens, row by row
+    torch.testing.assert_close(linear(z)[:, 7], linear.proj(z[..., 2:4, 6:8]).flatten(1))
     torch.testing.assert_close(sincos_positions(128, 8), sincos_pos_embed(128, 8, 8), atol=0, rtol=0)
 
 
-def test_noise_at_its_ends():
-    """t = 1 hides the latent altogether, t = 0 hides the noise; without noise t is not looked at."""
-    model, (z, _, eps) = small_mapper(), draw()
-    one, zero = torch.ones(8), torch.zeros(8)
+def test_noise_hides_the_latent_at_t_1_and_nothing_at_t_0_and_the_norm_takes_out_the_scale():
+    model, (z, _, eps), one, zero = small_mapper(), draw(), torch.ones(8), torch.zeros(8)
     assert torch.equal(model(z, one, eps), model(z + 1, one, eps))
     assert torch.equal(model(z, zero, eps), model(z, zero, -eps))
     assert not torch.allclose(model(z, zero, eps), model(z + eps, zero, eps))
-    assert torch.equal(small_mapper(noise=False)(z), model(z, zero, eps))
-    assert torch.equal(model.clean(z), model(z, zero, eps))
-
-
-def test_with_the_norm_the_scale_of_the_latent_does_not_matter():
-    """The batch norm takes it out: so the encoder cannot beat the noise by growing z."""
-    model, (z, t, eps) = small_mapper().train(), draw(16)
+    for clean in (small_mapper(noise=False)(z), model.clean(z)):
+        assert torch.equal(clean, model(z, zero, eps))
+    # With the norm the encoder cannot beat the noise by growing z; without, it is eq. 1 to the letter.
+    model, (z, t, eps) = model.train(), draw(16)
     assert torch.allclose(model(z, t, eps), model(5 * z + 2, t, eps), atol=1e-3)
     z.requires_grad_(True)
     gradient, = torch.autograd.grad(model(z, t, eps).square().sum(), z)
     growth = (z - z.mean((0, 2, 3), keepdim=True)).detach()
     assert abs(float((gradient * growth).sum())) < 1e-2 * float(gradient.norm() * growth.norm())
+    plain = small_mapper(norm=False)
+    assert {key for key in model.state_dict() if not key.startswith("bn.")} == set(plain.state_dict())
+    assert torch.equal(plain(z, t, eps), plain.clean(interpolate(z, eps, t)[0]))
 
 
-def test_without_the_norm_the_noise_falls_on_the_raw_latent():
-    """Eq. 1 to the letter, with the same weights but for the norm's buffers."""
-    model, (z, t, eps) = small_mapper(norm=False), draw()
-    assert set(small_mapper().state_dict()) - set(model.state_dict()) == {
-        "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
-    assert torch.equal(model(z, t, eps), model.clean(interpolate(z, eps, t)[0]))
-
-
-@pytest.mark.parametrize("kind, patch", [("vit", 1), ("vit", 2), ("linear", 1), ("linear", 2)])
-def test_patch_size_gives_row_major_tokens(kind, patch):
-    model = small_mapper(kind=kind, patch_size=patch, grid=4, noise=False, depth=0)
-    z = torch.zeros(1, 4, 4 * patch, 4 * patch)
-    moved = z.clone()
-    moved[:, :, patch:2 * patch, 3 * patch:] = 1
-    change = (model(moved) - model(z)).norm(dim=-1)[0]
-    assert change.shape == (16,) and int(change.argmax()) == 7 and int((change > 1e-6).sum()) == 1
-
-
-def test_the_alignment_loss_by_hand_and_its_range():
+def test_the_alignment_loss_by_hand_its_range_and_a_zero_token_in_half_precision():
     a = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]])
     b = torch.tensor([[[3.0, 0.0], [0.0, -1.0], [1.0, 0.0]]])
     assert float(alignment_loss(a, b)) == pytest.approx((0 + 2 + 1 - 0.5**0.5) / 3, abs=1e-6)
     assert abs(float(alignment_loss(torch.randn(64, 16, 512), torch.randn(64, 16, 512))) - 1) < 0.01
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_zero_token_in_half_precision_gives_a_finite_loss_and_gradient(dtype):
-    """F.normalize of a zero vector in fp16 is NaN: its eps of 1e-12 underflows."""
-    pred, target = torch.randn(2, 2, 4, 8).to(dtype)
-    pred[0, 0] = 0
-    pred.requires_grad_(True)
-    loss = alignment_loss(pred, target)
-    loss.backward()
-    assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(pred.grad).all()
+    for dtype in (torch.float16, torch.bfloat16):  # F.normalize(0) in fp16 is NaN: its eps underflows
+        pred, target = torch.randn(2, 2, 4, 8).to(dtype)
+        pred[0, 0] = 0
+        loss = alignment_loss(pred.requires_grad_(True), target)
+        loss.backward()
+        assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(pred.grad).all()
 
 
 def load_without(folder, *keys):
@@ -219,19 +179,16 @@ def test_a_file_may_lack_the_classifier(tmp_path):
     torch.testing.assert_close(*load_without(tmp_path), atol=0, rtol=0)
 
 
-REFUSALS = [
-    ("a tensor less", lambda folder: load_without(folder, "blocks.7.norm1.bias"), ValueError, "blocks.7"),
-    ("no weights", lambda folder: Teacher(DINOV2_S, 4, __file__), ValueError, "not the weights"),
-    ("no file", lambda folder: Teacher(DINOV2_S, 4, "none.pth"), FileNotFoundError, "--teacher-weights none"),
-    ("no hub", lambda folder: Teacher(DINOV2_S, 4), FileNotFoundError, "hub"),
-    ("no such name", lambda folder: Teacher("vit_enormous", 4), ValueError, "no such model"),
-    ("no ViT", lambda folder: Teacher("resnet18", 4), ValueError, "no ViT"),
-    ("the shapes' grid", lambda folder: Teacher("shapes", 16), ValueError, "4 x 4"),
-    ("no network", lambda folder: timm_network("vit_enormous", "--net"), ValueError, "--net vit_enormous")]
-
-
-@pytest.mark.parametrize("_, call, exception, word", REFUSALS)
-def test_what_is_no_teacher_is_refused_in_one_line(_, call, exception, word, tmp_path, monkeypatch):
+@pytest.mark.parametrize("call, exception, word", [
+    (lambda folder: load_without(folder, "blocks.7.norm1.bias"), ValueError, "blocks.7"),
+    (lambda folder: Teacher(DINOV2_S, 4, __file__), ValueError, "not the weights"),
+    (lambda folder: Teacher(DINOV2_S, 4, "none.pth"), FileNotFoundError, "--teacher-weights none"),
+    (lambda folder: Teacher(DINOV2_S, 4), FileNotFoundError, "hub"),
+    (lambda folder: Teacher("vit_enormous", 4), ValueError, "no such model"),
+    (lambda folder: Teacher("resnet18", 4), ValueError, "no ViT"),
+    (lambda folder: Teacher("shapes", 16), ValueError, "4 x 4"),
+    (lambda folder: timm_network("vit_enormous", "--net"), ValueError, "--net vit_enormous")])
+def test_what_is_no_teacher_is_refused_in_one_line(call, exception, word, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # whatever this machine has
     with pytest.raises(exception, match=word) as refusal:
         call(tmp_path)

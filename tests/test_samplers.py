@@ -1,6 +1,5 @@
 """Guidance and samplers: closed-form Gaussians, and every model call of REPA's samplers (golden).
-
-    python -m pytest tests/test_samplers.py        about 10 s on 2 cores, no network
+Run: ./test.sh tests/test_samplers.py        (about 10 s, CPU)
 """
 import math
 
@@ -13,8 +12,7 @@ import sit
 
 MANIFEST, ARCHIVE = read_fixture("samplers")
 CASES = MANIFEST["cases"]
-RUNS = [name for name, case in CASES.items()  # we have no cosine path
-        if case.get("kwargs", {}).get("path_type") == "linear"]
+RUNS = [name for name in CASES if CASES[name].get("kwargs", {}).get("path_type") == "linear"]  # not cosine
 SAMPLERS = ("euler", "heun", "sde")
 
 
@@ -41,10 +39,10 @@ def field(z_t, t, t_step=None):
 
 class PublishedToy:
     """The class-conditional Gaussian of the manifest, which also notes every call."""
-    params, null_label = MANIFEST["toy_model"]["params"], 1000
+    params = MANIFEST["toy_model"]["params"]
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, null_label=1000):
+        self.null_label, self.calls = null_label, []
 
     def __call__(self, x, t, y):
         x, t = x.float(), t.float()
@@ -53,7 +51,7 @@ class PublishedToy:
         p = self.params
         c, i, j = (torch.arange(n).double() for n in x.shape[1:])
         label, c = y.double().view(-1, 1, 1, 1), c.view(-1, 1, 1)
-        null = label == self.null_label
+        null = label == 1000
         mean = p["a"] * torch.sin(p["b"] * label + p["c"] * c) + p["g"] * (i.view(-1, 1) - j)
         mean = torch.where(null, p["u"] * torch.cos(c), mean)
         std = torch.where(null, torch.full_like(label, p["us"]), p["s0"] + p["s1"] * (label % p["sm"]))
@@ -67,15 +65,12 @@ def test_samples_and_all_model_calls_equal_the_published_sampler(name, monkeypat
     latents, y = tensor(ARCHIVE, f"{name}/latents").double(), tensor(ARCHIVE, f"{name}/y")
     interval = kwargs["guidance_low"], kwargs["guidance_high"]
     velocity = guided(model, y, max(kwargs["cfg_scale"], 1), interval)
-    if "sde_noise" in case["inputs"]:
-        recorded = iter(tensor(ARCHIVE, f"{name}/sde_noise"))
-        monkeypatch.setattr(sit, "draw_noise", lambda like, generator: next(recorded))
-        x = sit.sample_sde(velocity, latents, kwargs["num_steps"])
-        assert next(recorded, None) is None  # every recorded draw was used: the last step has none
-    else:
-        x = sit.sample_ode(velocity, latents, kwargs["num_steps"], heun=kwargs["heun"])
-    assert x.dtype == torch.float64
-    assert model.calls == case["model_calls"]["rows"]
+    sde = "sde_noise" in case["inputs"]
+    recorded = iter(tensor(ARCHIVE, f"{name}/sde_noise") if sde else ())
+    monkeypatch.setattr(sit, "draw_noise", lambda like, generator: next(recorded))
+    x = run("sde" if sde else "heun" if kwargs["heun"] else "euler", velocity, latents, kwargs["num_steps"])
+    assert next(recorded, None) is None  # every recorded draw was used: the last step has none
+    assert x.dtype == torch.float64 and model.calls == case["model_calls"]["rows"]
     assert len(model.calls) == sit.nfe(kwargs["num_steps"], kwargs["heun"])
     torch.testing.assert_close(x, tensor(ARCHIVE, f"{name}/x").double(), atol=1e-5, rtol=0)
 
@@ -102,11 +97,8 @@ def test_ode_samplers_converge_to_the_data_at_their_order(heun, order):
 
 
 def test_sde_samples_have_the_documented_mean_and_std():
-    """REPA's sampler: mean 1.2998 and std 0.3937 in 200,000 samples of N(1.3, 0.4^2), 250 steps.
-
-    Each step is affine in z; the recursion of mean and variance gives 1.3 and 0.39335: the last step, 0.04
-    without noise, makes the data too narrow.
-    """
+    """Of N(1.3, 0.4^2) in 250 steps. Each is affine in z; the recursion of mean and variance gives 1.3 and
+    0.39335: the last step, 0.04 without noise, makes the data too narrow. REPA's samples: 1.2998, 0.3937."""
     n, s, generator = 40_000, 0.39335, torch.Generator().manual_seed(0)
     noise = torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)
     z = sit.sample_sde(field, noise, 250, generator)
@@ -114,32 +106,7 @@ def test_sde_samples_have_the_documented_mean_and_std():
     assert abs(float(z.std()) - s) < 4 * s / (2 * n) ** 0.5
 
 
-class Counting:
-    """A network whose branches differ in every channel; notes the labels of each call."""
-
-    def __init__(self, null_label=10):
-        self.null_label, self.calls = null_label, []
-
-    def __call__(self, z_t, t, y):
-        self.calls.append(y.tolist())
-        channel = torch.arange(z_t.shape[1]).view(1, -1, 1, 1) + 1.0
-        return z_t * channel + torch.sin((y.view(-1, 1, 1, 1) + 1.0) * channel) + t.view(-1, 1, 1, 1)
-
-
 Z, Y = torch.randn(3, 5, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 4, 9])
-
-
-def test_guidance_scales_every_channel():
-    model, times = Counting(), torch.full((3,), 0.3)
-    cond, null = model(Z, times, Y), model(Z, times, torch.full((3,), 10))
-    assert ((cond - null).abs().amin(dim=(0, 2, 3)) > 1e-3).all()
-    for scale in (0.0, 0.5, 2.5, 4.0):
-        model.calls.clear()
-        v = sit.guided_velocity(model, Z, 0.3, Y, scale)
-        torch.testing.assert_close(v, null + scale * (cond - null))
-        assert model.calls == [[0, 4, 9, 10, 10, 10]]
-
-
 HALF = (0.2, 0.75)
 
 
@@ -147,13 +114,16 @@ HALF = (0.2, 0.75)
     (2, HALF, 0.1999, None, False), (2, HALF, 0.2, None, True), (2, HALF, 0.5, None, True),
     (2, HALF, 0.75, None, True), (2, HALF, 0.7501, None, False), (2, HALF, 1.0, None, False),
     (2, HALF, 0.5, 0.8, False), (2, HALF, 0.1, 0.2, True),  # a Heun step decides by its first time
+    (0, (0, 1), 0.3, None, True), (0.5, (0, 1), 0.3, None, True), (4, (0, 1), 0.3, None, True),
     (1, (0, 1), 0.5, None, False), (2, (0.8, 0.2), 0.5, None, False), (2, (1, 0), 1.0, None, False)])
-def test_the_interval_is_in_noise_time_and_includes_both_ends(scale, interval, t, t_step, acts):
+def test_guidance_scales_all_channels_from_end_to_end_of_its_interval(scale, interval, t, t_step, acts):
     """Where guidance does not act, no null label is needed, and its branch is not computed."""
-    model = Counting(10 if acts else None)
+    model = PublishedToy(1000 if acts else None)
     v = sit.guided_velocity(model, Z, t, Y, scale, interval, t_step)
-    assert model.calls == [[0, 4, 9, 10, 10, 10] if acts else [0, 4, 9]]
-    assert torch.equal(v, model(Z, torch.full((3,), t), Y)) != acts
+    assert [labels for _, _, labels in model.calls] == [[0, 4, 9, 1000, 1000, 1000] if acts else [0, 4, 9]]
+    cond, null = (model(Z, torch.full((3,), t), y) for y in (Y, torch.full((3,), 1000)))
+    assert ((cond - null).abs().amin(dim=(0, 2, 3)) > 1e-3).all()
+    torch.testing.assert_close(v, null + scale * (cond - null) if acts else cond)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -190,21 +160,16 @@ def test_no_value_on_a_device_is_read():
         model, z, y = sit.SiT(SIT_CONFIG), torch.empty(3, 4, 8, 8), torch.empty(3, dtype=torch.int64)
     batches = []
     model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    steps = {"euler": [3, 3, 6, 6], "heun": [3, 3, 3, 3, 6, 6, 6], "sde": [3, 3, 6, 3]}
-    for sampler, expected in steps.items():
+    for sampler, expected in ("euler", [3, 3, 6, 6]), ("heun", [3, 3, 3, 3, 6, 6, 6]), ("sde", [3, 3, 6, 3]):
         batches.clear()
         run(sampler, guided(model, y, 2.0, (0.2, 0.6)), z, 4)
         assert batches == expected
 
 
-REFUSALS = [
-    ("no null label", lambda: sit.guided_velocity(Counting(None), Z, 0.5, Y, 1.5), ValueError, "null label"),
-    ("ODE of 0 steps", lambda: sit.sample_ode(field, Z, 0), ValueError, "num_steps is 0"),
-    ("SDE of 0 steps", lambda: sit.sample_sde(field, Z, 0), ValueError, "num_steps is 0"),
-    ("too few generators", lambda: sit.draw_noise(Z, [torch.Generator()]), ValueError, "argument")]
-
-
-@pytest.mark.parametrize("_, call, exception, word", REFUSALS)
-def test_wrong_inputs_are_refused(_, call, exception, word):
-    with pytest.raises(exception, match=word):
-        call()
+def test_wrong_inputs_are_refused():
+    for call, word in ((lambda: sit.guided_velocity(PublishedToy(None), Z, 0.5, Y, 1.5), "null label"),
+                       (lambda: sit.sample_ode(field, Z, 0), "num_steps is 0"),
+                       (lambda: sit.sample_sde(field, Z, 0), "num_steps is 0"),
+                       (lambda: sit.draw_noise(Z, [torch.Generator()]), "argument")):
+        with pytest.raises(ValueError, match=word):
+            call()

@@ -380,8 +380,8 @@ VAE_EFFECTS = {
     "--mapper linear": ALIGN, "--mapper-noise off": ALIGN, "--mapper-norm off": ALIGN,
     "--mapper-depth 0": ALIGN, "--mapper-depth 2": ALIGN, "--projector-dim 32": ALIGN,
     "--gan-adaptive": "gan_weight loss grad_norm", "--disc-start 2": f"loss grad_norm {ALL_GAN}",
-    "--disc-warmup 1": "", "--disc-warmup 2": "gan loss grad_norm disc*", "--checkpointing": "", "--compile": "",
-    "--disc-init {vae}": f"loss grad_norm {ALL_GAN}", "--bn-group 8": f"{ALIGN} {ALL_GAN}",
+    "--disc-warmup 1": "", "--disc-warmup 2": "gan loss grad_norm disc*", "--checkpointing": "",
+    "--compile": "", "--disc-init {vae}": f"loss grad_norm {ALL_GAN}", "--bn-group 8": f"{ALIGN} {ALL_GAN}",
     "--init {vae}": f"rec kl {ALIGN} gan disc disc_fake grad_norm_disc",
     "--lr 2e-3": "lr", "--warmup 4": "lr", "--cooldown 9": "lr", "--disc-lr 2e-4": "disc*",
     "--grad-clip 1e-9": "send* disc*", "--seed 1": f"rec {ALIGN} gan disc disc_fake grad_norm_disc"}
@@ -466,6 +466,18 @@ def test_the_loss_scale_of_fp16_is_saved_and_continued_with(trained):
     latents = data.LatentFolder(trained.latents)
     train_sit.unpack(again, latents, {**train_sit.pack(nets, latents, 2, args), "path": "ckpt.pt"}, args)
     assert again.scaler.get_scale() == 1024
+
+
+def test_scales_and_batch_norm_groups_of_a_vae_run_are_those_it_was_stopped_with():
+    (nets, args), (again, other) = vae_nets("--dtype fp16"), vae_nets("--dtype fp16 --bn-group 2")
+    for scaler, scale in ((nets.scaler, 64.0), (nets.scaler_disc, 512.0)):
+        scaler.scale(torch.ones(()))  # creates its state
+        scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+    saved = {**train_vae.pack(nets, 1, args), "path": "ckpt.pt"}
+    with pytest.raises(ValueError, match="--bn-group 4"):
+        train_vae.unpack(again, saved, other)
+    train_vae.unpack(again, saved, args)
+    assert (again.scaler.get_scale(), again.scaler_disc.get_scale()) == (64, 512)
 
 
 # steps of the SiT, and what it is judged by

@@ -379,8 +379,8 @@ def eval_loader(dataset, batch_size: int, proc=None, workers: int = 4, indices=N
 
 def loader_of(batches, order, workers: int) -> DataLoader:
     """Return a DataLoader of batches[k] for k in order."""
-    if not batches.dataset.on_disk:  # in-memory data sets need no worker processes
-        workers = 0
+    # In-memory data sets need no worker processes, and more than there are cores get in each other's way.
+    workers = min(workers, os.cpu_count() or 1) if batches.dataset.on_disk else 0
     return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
                       prefetch_factor=4 if workers else None)

@@ -91,7 +91,8 @@ def vgg16_trunk(weights):
             raise FileNotFoundError(
                 f"LPIPS needs VGG16, and timm/vgg16.tv_in1k is neither cached nor to be had from the hub "
                 f"({type(error).__name__}): download https://download.pytorch.org/models/{VGG_FILE} "
-                "elsewhere and give its path, or leave LPIPS out (--lpips 0; fid.py: --no-lpips)") from error
+                "elsewhere and give --lpips-weights FILE, or leave LPIPS out (--lpips 0; fid.py: --no-lpips)"
+            ) from error
     with torch.device("meta"):  # the whole network has 138 M parameters, the trunk 15 M
         trunk = timm.create_model("vgg16").features[:30]
     trunk = trunk.to_empty(device="cpu")

@@ -310,6 +310,7 @@ def build_vae(args, saved) -> VAE:
     if vae.config.network != VAE_SIZES[args.vae].network:
         fitting = [name for name, size in VAE_SIZES.items() if size.network == vae.config.network]
         advice = f"give --vae {fitting[0]}" if fitting else "--vae has no name for it"
+        advice = "use another --out" if saved else advice
         raise ValueError(f"{source} holds a VAE of {vae.config.z_channels} channels at 1/{vae.stride}, "
                          f"--vae {args.vae} is another one; {advice}")
     # A row of pixels that fills no token would be dropped without a word.

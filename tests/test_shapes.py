@@ -2,8 +2,6 @@
 
 Run: ./test.sh tests/test_shapes.py     (about 15 s)
 """
-import colorsys
-
 import numpy as np
 import pytest
 import torch
@@ -12,20 +10,12 @@ from conftest import ROOT
 
 from shapes import train
 from shapes.networks import load, load_judge, load_teacher
-from shapes.scenes import BACKGROUNDS, HUES, SHAPES, Shapes, _render
+from shapes.scenes import SHAPES, Shapes
 
 
 def column(data, name):
     """Return one attribute of all images, (N,)."""
     return data.attributes[:, data.attribute_names.index(name)]
-
-
-def select(data, **wanted):
-    """Return the positions of the images, not inverted, whose factors have the given names."""
-    chosen = column(data, "tone=inverted") == 0
-    for factor, name in wanted.items():
-        chosen &= column(data, f"{factor}={name}") == 1
-    return np.flatnonzero(chosen)
 
 
 @pytest.fixture(scope="module")
@@ -80,61 +70,6 @@ def test_classes_are_balanced_and_attributes_are_their_factors_and_uncorrelated(
     np.fill_diagonal(across, False)
     assert np.abs(correlation[across]).max() < 5 / np.sqrt(len(data))
     assert abs(column(data, "second=none").mean() - 0.5) < 0.03
-
-
-def test_backgrounds_and_solid_objects_have_the_colour_of_their_name_times_light(data):
-    for name, colour in BACKGROUNDS.items():
-        rows = select(data, background=name, texture="plain", second="none")
-        corner, wanted = data.images[rows, 0, 0] / 255, data.factors["light"][rows, None] * np.array(colour)
-        assert len(rows) > 20 and np.abs(corner - wanted).max() < 0.51 / 255
-    for name, colour in HUES.items():
-        rows = select(data, hue=name, shape="square", fill="solid", second="none")
-        at = np.rint(np.stack([data.factors["y"][rows], data.factors["x"][rows]]) / 2 - 0.5).astype(int)
-        centre = data.images[rows, at[0], at[1]] / 255
-        wanted = np.clip(data.factors["light"][rows, None] * np.array(colour), 0, 1)
-        assert len(rows) > 5 and np.abs(centre - wanted).max() < 0.51 / 255
-
-
-def test_half_of_the_scenes_are_inverted_in_lightness_and_keep_their_hue(data):
-    """By the standard library's HLS model, on the same scenes rendered both ways, without light."""
-    f = {k: v[:40].copy() for k, v in data.factors.items()} | {"light": np.ones(40)}
-    images = [_render(f | {"inverted": np.full(40, flag)}, 32) for flag in (False, True)]
-    normal, inverted = (image.reshape(-1, 3)[::7] for image in images)
-    hls, hls_inverted = (np.array([colorsys.rgb_to_hls(*colour) for colour in colours / 255])
-                         for colours in (normal, inverted))
-    assert np.abs(hls[:, 1] + hls_inverted[:, 1] - 1).max() < 1.01 / 255
-    turn = np.abs(np.exp(2j * np.pi * hls[:, 0]) - np.exp(2j * np.pi * hls_inverted[:, 0]))
-    strong = np.ptp(normal, axis=1) > 60  # the hue of a grey says nothing
-    assert strong.sum() > 1000 and turn[strong].max() < 0.05
-    tone = column(data, "tone=inverted")
-    assert np.array_equal(tone, data.factors["inverted"]) and abs(tone.mean() - 0.5) < 0.03
-
-
-def coverage(data, rows):
-    """Return (rows, coverage per pixel (n, 32, 32)) of solid objects on plain backgrounds, if well seen."""
-    hues, backgrounds = np.array(list(HUES.values())), np.array(list(BACKGROUNDS.values()))
-    light = data.factors["light"][rows, None]
-    back = light * backgrounds[data.factors["background"][rows]]
-    front = light * hues[data.factors["hue"][rows]]
-    channel = np.argmax(np.where(front <= 1, front - back, -1), axis=1)  # one that light does not saturate
-    clear = (front - back)[np.arange(len(rows)), channel] > 0.4
-    rows, back, front, channel = rows[clear], back[clear], front[clear], channel[clear]
-    take = np.arange(len(rows)), channel
-    image = data.images[rows].transpose(0, 3, 1, 2)[take] / 255
-    return rows, (image - back[take][:, None, None]) / (front - back)[take][:, None, None]
-
-
-@pytest.mark.parametrize("shape, area", [("disk", np.pi * 0.9 ** 2), ("square", 1.56 ** 2),
-                                         ("triangle", 0.75 * np.sqrt(3)), ("ring", 4 * np.pi * 0.68 * 0.27)])
-def test_area_and_centre_of_objects_follow_size_and_position(data, shape, area):
-    rows = select(data, shape=shape, fill="solid", texture="plain", second="none")
-    rows, alpha = coverage(data, rows)
-    measured = alpha.sum(axis=(1, 2)) * 4  # a pixel is 2 x 2 units
-    assert len(rows) > 10 and np.abs(measured / (area * data.factors["size"][rows] ** 2) - 1).max() < 0.04
-    at = np.arange(32) * 2 + 1
-    for factor, axis in (("x", 1), ("y", 2)):
-        centre = (alpha.sum(axis=axis) * at).sum(axis=1) / alpha.sum(axis=(1, 2))
-        assert np.abs(centre - data.factors[factor][rows]).max() < 0.3
 
 
 def test_a_batch_has_images_channels_first_labels_and_positions(data):

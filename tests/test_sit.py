@@ -86,7 +86,7 @@ def test_the_forward_pass_equals_the_published_network(name):
 def test_guidance_equals_the_published_one_on_the_three_channels_that_it_guides(name):
     """willisma/SiT guides the first three channels only; ours guides all of them."""
     model, x, t, y, expected = published(name, "x", "t", "cfg_y", "cfg_v")
-    row, scale = re.findall(r"cfg_t = t\[(\d+)\].*cfg_scale = ([\d.]+)", str(CASES[name]["inputs"]["cfg_y"]))[0]
+    row, scale = re.findall(r"cfg_t = t\[(\d+).*cfg_scale = ([\d.]+)", str(CASES[name]["inputs"]["cfg_y"]))[0]
     n = len(y) // 2
     x, t = x[:n], float(t[int(row)])
     assert (y[n:] == model.null_label).all()

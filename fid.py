@@ -145,10 +145,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     mu1, s1, mu2, s2 = moments
     if not all(a.isfinite().all() for a in moments):
         raise ValueError("features or covariances are not finite; check the images, give at least 2")
-    values, vectors = torch.linalg.eigh(s1)
-    # Below full rank some eigenvalues are rounding errors of 1e-16, of which the root would make 1e-8.
-    positive = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    root = vectors[:, positive] * values[positive].sqrt()  # (D, rank)
+    root, failed = torch.linalg.cholesky_ex(s1)
+    if failed or root.diagonal().square().min() <= 1e-9 * s1.diagonal().max():
+        # Below full rank. Some eigenvalues are rounding errors of 1e-16, of which a root would make 1e-8.
+        values, vectors = torch.linalg.eigh(s1)
+        positive = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        root = vectors[:, positive] * values[positive].sqrt()  # (D, rank)
     cross = torch.linalg.eigvalsh(root.T @ s2 @ root).clamp_min(0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
 

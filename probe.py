@@ -451,7 +451,7 @@ def main(argv=None):
     print(text)
     left_out = results[0]["flat"].get("left_out")
     if left_out:
-        print(f"left out, for want of positives in a split: {', '.join(left_out)}")
+        print(f"left out, without positives or negatives in a split: {', '.join(left_out)}")
     report = {"vaes": results, "labels": labels, "args": vars(args), "versions": common.versions(),
               "images": counts}
     with data.replacing(args.out) as file:

@@ -10,4 +10,5 @@ cd "$(dirname "$0")"
 export HF_HUB_OFFLINE=1
 # Idle threads sleep: where other work runs beside, spinning ones take its time and their own.
 export OMP_WAIT_POLICY=PASSIVE
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile  # the whole: two processes of one thread share out the files
 exec .venv/bin/python -m pytest -q "$@"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 GOLDEN = Path(os.environ.get("GOLDEN", ROOT / "tests" / "golden"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # as test.sh: the hub's client would try again for a minute
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # ./test.sh runs two processes; the networks are too small for two threads to help
 
 
 @pytest.fixture(scope="session", autouse=True)

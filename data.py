@@ -144,8 +144,8 @@ def find_images(folder, prefix: str = "") -> list[str]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            parents = Path(folder).resolve()
-            loop = entry.is_symlink() and parents.is_relative_to(Path(entry.path).resolve())
+            # Paths are resolved for links alone: asking the file system for each of many folders takes time.
+            loop = entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve())
             if not loop:
                 files += find_images(entry.path, f"{prefix}{entry.name}/")
         elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):

@@ -99,10 +99,18 @@ def read_list(path: Path, meaning: dict) -> tuple[list, dict]:
                     entries[file] = np.array([meaning[word] for word in words])
         if not entries:
             raise ValueError("no image is listed up to here")
-    except (KeyError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+    except (KeyError, ValueError, csv.Error) as error:  # a UnicodeDecodeError is a ValueError
         raise ValueError(f"{path}, line {number}: {error}; want a file per line, then words among "
                          f"{', '.join(meaning)} (text in UTF-8; commas in .csv)") from error
     return header, entries
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Return the words of each line that has any. Raises ValueError for a file that is no text."""
+    try:
+        return [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; want text in UTF-8") from error
 
 
 def shuffled_parts(files: list[str], seed=0) -> dict:
@@ -155,10 +163,8 @@ def read_deepfashion(root: Path, size: int) -> dict:
     """DeepFashion: 1,000 attributes, here named type=name; its own train, val and test split."""
     values = read_list(find(root, "list_attr_img.txt"), VALUES)[1]
     parts = read_list(find(root, "list_eval_partition.txt"), PARTS)[1]
-    names = []
-    for line in find(root, "list_attr_cloth.txt").read_text().splitlines()[2:]:  # below a count and a header
-        *words, code = line.split()
-        names.append(f"{TYPES.get(code, code)}={' '.join(words)}")
+    names = [f"{TYPES.get(code, code)}={' '.join(words)}"  # below a count and a header
+             for *words, code in read_rows(find(root, "list_attr_cloth.txt"))[2:]]
     return join(find(root, "img").parent, size, values, parts, names)  # the listed paths begin with img/
 
 
@@ -168,13 +174,16 @@ def read_awa2(root: Path, size: int) -> dict:
     Its own split (trainclasses.txt, testclasses.txt) separates classes, for zero-shot learning. Here the
     images of every class are split: 70 % train, 10 % validation, 20 % test, by seed 0.
     """
-    classes = np.loadtxt(find(root, "classes.txt"), str, usecols=1).tolist()  # "  1<tab>antelope"
-    names = np.loadtxt(find(root, "predicates.txt"), str, usecols=1).tolist()
-    matrix = np.loadtxt(find(root, "predicate-matrix-binary.txt"), int, ndmin=2) == 1
+    classes, names = ([row[-1] for row in read_rows(find(root, f"{kind}.txt"))]  # "  1<tab>antelope"
+                      for kind in ("classes", "predicates"))
+    matrix = read_rows(find(root, "predicate-matrix-binary.txt"))
+    if len(matrix) != len(classes) or any(len(row) != len(names) or {*row} - {*VALUES} for row in matrix):
+        raise ValueError(f"{root}: predicate-matrix-binary.txt is no table of 0 and 1 for {len(classes)} "
+                         f"classes and {len(names)} predicates")
     pictures, values, parts = find(root, "JPEGImages"), {}, {}
     for k, name in enumerate(classes):
         files = data.find_images(pictures / name, f"{name}/")
-        values |= dict.fromkeys(files, matrix[k])
+        values |= dict.fromkeys(files, np.array([VALUES[word] for word in matrix[k]]))
         parts |= shuffled_parts(files, (0, k))
     return join(pictures, size, values, parts, names, classes)
 

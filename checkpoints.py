@@ -16,9 +16,11 @@ network comes from its file, and no other tensor is in the file. Code in a file 
 Read: save, newest -> fetch, read_file -> load_vae, read_sit -> statistics_for.
 """
 import argparse
+import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +43,10 @@ DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_mod
 # our checkpoints: ckpt_0000123.pt
 
 def save_file(path, state: dict) -> None:
-    """Write `state` so that `path` is the old file or the whole new one; .safetensors takes tensors only."""
+    """Write `state` so that `path` is the old file or the whole new one; .safetensors takes tensors only.
+
+    Raises OSError if the disk is full.
+    """
     with data.replacing(path) as file:
         if Path(path).suffix == ".safetensors":
             tensors = {key: value.contiguous() for key, value in state.items()}
@@ -53,12 +58,48 @@ def save_file(path, state: dict) -> None:
 def save(folder, step: int, state: dict, keep: int) -> None:
     """Write the checkpoint of `step`, then delete all but the newest `keep` up to this step.
 
-    Files of a higher step are damaged (we would have continued from them): they stay, for inspection.
+    Files of a higher step are damaged (we would have continued from them): they stay, for inspection. So does
+    one that latents name.
     """
-    save_file(Path(folder) / f"ckpt_{step:07d}.pt", state)
+    # Our digest takes the place of the zip's, which would double the time of a save.
+    torch.serialization.set_crc32_options(False)
+    save_file(Path(folder) / f"ckpt_{step:07d}.pt", state | {"digest": digest(state)})
+    torch.serialization.set_crc32_options(True)
     files = checkpoints_in(folder)
     for number in sorted(number for number in files if number <= step)[:-keep]:
-        files[number].unlink()
+        if not files[number].with_suffix(".keep").exists():
+            files[number].unlink()
+
+
+def digest(value) -> str:
+    """Return a hash of nested dicts, lists, tensors and plain values that shows a flipped bit.
+
+    Of a tensor it takes the sum of its bits as integers: at the speed of memory.
+    """
+    if isinstance(value, dict):
+        value = [[str(key), digest(part)] for key, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        value = [digest(part) for part in value]
+    elif isinstance(value, Tensor):
+        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        whole = len(bits) // 8 * 8
+        value = [value.dtype, value.shape, bits[:whole].view(torch.int64).sum().item(), bits[whole:].tolist()]
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def intact(content) -> dict:
+    """Return a file's content without its digest; ValueError if that is of something else."""
+    content = dict(content)
+    if content.pop("digest", None) not in (None, digest(content)):
+        raise ValueError("its digest is of other content; whoever edits a checkpoint leaves the digest out")
+    return content
+
+
+def keep_for_latents(path) -> None:
+    """Mark a checkpoint of ours as needed by latents: more training will not delete it."""
+    if re.fullmatch(r"ckpt_\d+\.pt", Path(path).name):
+        Path(path).with_suffix(".keep").touch()
+        common.print0(f"{path} stays, whatever --keep says: these latents need it to be decoded")
 
 
 def checkpoints_in(folder) -> dict[int, Path]:
@@ -117,35 +158,91 @@ def fetch(path) -> Path:
     try:
         return Path(hf_hub_download(name[1], name[2]))
     except (OSError, ValueError) as error:  # what it raises without network and for wrong names
-        raise FileNotFoundError(f"{path}: neither in the local cache nor to be had from the hub ("
-                                f"{type(error).__name__}); check name and network, or give a file") from error
+        raise FileNotFoundError(f"{path}: neither cached nor to be had from the hub ({type(error).__name__})"
+                                "; check name and network, give a file, or --init none") from error
 
 
+def check_out(path) -> None:
+    """Raise ValueError or OSError now if the file `path` could not be written later; make its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"--out {path}: no file can be written there; give another name")
+
+
+def one_line(read):
+    """Return the reader read(path, ...), made to fail with one line that names the path, whatever is there.
+
+    A decorator. A file from elsewhere may have anything in any place. Our own errors stay, all others
+    become ValueError.
+    """
+    @functools.wraps(read)
+    def reader(path, *args, **kwargs):
+        try:
+            return read(path, *args, **kwargs)
+        except Exception as error:
+            text, own = " ".join(str(error).split()), isinstance(error, (ValueError, FileNotFoundError))
+            if own and Path(path).name in text and not getattr(error, "errno", None):
+                raise
+            raise ValueError(f"{path}: damaged, or not what is wanted here ({type(error).__name__}: "
+                             f"{text[:150]})") from error
+    return reader
+
+
+class Nothing:
+    """What stands for an object of a class that is not wanted. It takes any arguments and keeps none."""
+
+    def __init__(self, *_):
+        pass
+
+    __setstate__ = __init__
+
+
+# Classes beside the weights: Lightning's callbacks, OmegaConf's configurations, numpy's scalars.
+# torch names those of builtins without their module.
+INERT = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|pathlib|typing)\.[\w.]+|"
+                   r"collections\.defaultdict|numpy\.(dtype|_?core\.multiarray\.scalar)|"
+                   r"dict|list|tuple|str|int|float|bool")
+
+
+def load_tensors(path, mmap: bool):
+    """Return what torch.save wrote: tensors, plain types and argparse.Namespace (the args of REPA).
+
+    Objects of the classes in INERT become Nothing. Raises ValueError that names another class.
+    """
+    allowed = [argparse.Namespace]
+    for _ in range(99):
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL ([\w.]+)|$", str(error))  # the first that is not allowed
+            if not INERT.fullmatch(name[1] or ""):
+                reason = f"it could run code: {name[0]}" if name[0] else "damaged?"
+                raise ValueError(f"{path}: not loaded ({reason}); want a dict of tensors") from error
+            allowed.append((Nothing, name[1] if "." in name[1] else f"builtins.{name[1]}"))
+
+
+@one_line
 def read_file(path) -> dict:
     """Return the content of a weight file, on the CPU, or of a .json file.
 
-    PyTorch's zip files are mapped: read where they are used. Only tensors, plain types and argparse.Namespace
-    (the args of REPA and REPA-E) are built. Raises FileNotFoundError, or ValueError for other content.
+    PyTorch's zip files are mapped: read where they are used. Raises FileNotFoundError, or ValueError for
+    other content.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as error:
+        name = f"{path}/{DIFFUSERS_FILES[0]}" if str(path).startswith("stabilityai/") else "OWNER/REPO/FILE"
         raise FileNotFoundError(f"{path}: {error.strerror}; train first, give a weight file, or write "
-                                "hf://OWNER/REPO/FILE for one on the hub") from error
+                                f"hf://{name} for one on the hub") from error
     if not head or head.lstrip().startswith((b"<", b"version https://git-lfs")):
         raise ValueError(f"{path}: empty, a web page or a Git LFS pointer; download the file itself")
-    try:
-        if Path(path).suffix == ".json":
-            return dict(json.loads(Path(path).read_text()))
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK")))
-    except Exception as error:  # torch, pickle, zip and safetensors each raise types of their own
-        pickled = re.search(r"GLOBAL [\w.]+", str(error))
-        reason = f"it could run code: {pickled[0]}" if pickled else f"{type(error).__name__}: damaged?"
-        raise ValueError(f"{path}: not loaded ({reason}); want a dict of tensors") from error
+    if Path(path).suffix == ".json":
+        return {**json.loads(Path(path).read_text())}
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    return intact({**load_tensors(path, mmap=head.startswith(b"PK"))})  # TypeError unless it is a dict
 
 
 # what a file holds
@@ -195,11 +292,12 @@ def differences(wanted: dict, state: dict) -> list[str]:
 def build(make, state: dict, path, fit: str):
     """Return the network make() with exactly the tensors of `state`: fp32, on the CPU, in eval mode.
 
-    Raises ValueError that names three of the tensors that differ from `fit`.
+    Raises ValueError that names three of the tensors that differ from `fit`, or one that repeats few numbers.
     """
     with torch.device("meta"):  # no time spent on initial weights
         network = make()
     wrong = differences(network.state_dict(), state)
+    wrong += [f"{key} is not whole" for key, x in state.items() if x.nbytes > x.untyped_storage().nbytes()]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors do not fit {fit}: {'; '.join(wrong[:3])}")
     network = network.to_empty(device="cpu")
@@ -210,9 +308,12 @@ def build(make, state: dict, path, fit: str):
 def config_of(cls, values: dict, path):
     """Return cls(**values), a configuration from a checkpoint; fields that came later get their defaults.
 
-    Raises ValueError for fields that `cls` does not have, or that lack a default.
+    Raises ValueError for fields that `cls` does not have, that lack a default, or that ask for a network
+    without end.
     """
     values = {key: value for key, value in values.items() if key != "bn_group"}  # MapperConfig had it once
+    if max(values.get("depth", 0), values.get("num_res_blocks", 0)) > 1000:
+        raise ValueError(f"{path}: no network has as many blocks as its configuration says")
     try:
         return cls(**values)
     except TypeError as error:
@@ -231,6 +332,7 @@ def state_hash(state: dict) -> str:
 
 # VAE, mapper, discriminator
 
+@one_line
 def load_vae(path) -> vae.VAE:
     """Return the VAE of a weight file: fp32, on the CPU, in eval mode; the EMA weights if it has any.
 
@@ -310,11 +412,11 @@ def vae_config_from_diffusers(config: dict) -> vae.VAEConfig:
     blocks = config.get("down_block_types", ["DownEncoderBlock2D"])
     # 256 is nominal: attention is where down_block_types says, whatever sample_size is
     attention = tuple(256 // 2 ** i for i, block in enumerate(blocks) if "Attn" in block)
-    return vae.VAEConfig(
+    return config_of(vae.VAEConfig, dict(
         ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), resolution=256,
         attn_resolutions=attention, num_res_blocks=config.get("layers_per_block", 1),
         z_channels=config.get("latent_channels", 4), in_channels=config.get("in_channels", 3),
-        norm_groups=config.get("norm_num_groups", 32))
+        norm_groups=config.get("norm_num_groups", 32)), "config.json")
 
 
 def read_own(path) -> dict:
@@ -323,6 +425,7 @@ def read_own(path) -> dict:
     return content if content.get("format") == VAE else {}
 
 
+@one_line
 def load_mapper(path) -> Mapper:
     """Return the mapper that was trained with a VAE: fp32, CPU, eval mode; ValueError if there is none."""
     saved = read_own(path)
@@ -332,6 +435,7 @@ def load_mapper(path) -> Mapper:
     return build(lambda: Mapper(cfg), saved["mapper"], path, "its own mapper_config")
 
 
+@one_line
 def load_discriminator(path) -> PatchDiscriminator:
     """Return the PatchGAN of a file: fp32, on the CPU, in training mode. Raises as load_vae."""
     content, prefix = read_file(fetch(path)), r"(loss\.)?(discriminator\.)?main\."
@@ -355,6 +459,7 @@ def load_sit(path, weights: str = "ema") -> SiT:
     return read_sit(path, weights)[0]
 
 
+@one_line
 def read_sit(path, weights: str = "ema") -> tuple[SiT, dict]:
     """Return (SiT as load_sit, content of its file): our checkpoint, or whatever a published file holds."""
     content = read_file(fetch(path))
@@ -375,8 +480,8 @@ def read_sit(path, weights: str = "ema") -> tuple[SiT, dict]:
 
 def published_sit_config(state: dict, content: dict, path) -> SiTConfig:
     """Return the shape of a published SiT, from its tensors and its args; the width tells depth and heads."""
-    args = content.get("args") or {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = content.get("args")
+    args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
     for flag, ours in (("path_type", "linear"), ("prediction", "v")):
         if not str(args.get(flag, ours)).lower().startswith(ours):
             raise ValueError(f"{path}: its {flag} is {args[flag]}; sit.py has linear paths and velocity only")
@@ -426,21 +531,24 @@ def read_statistics(path, channels: int, vae_hash: str | None = None) -> tuple[T
         return torch.zeros(channels), torch.full((channels,), 1 / float(path))
     for name in ("meta.json", "config.json"):  # of encode.py's folders and diffusers'
         path = Path(path) / name if os.path.isfile(Path(path) / name) else path
-    return checked_statistics(read_file(fetch(path)), path, channels, vae_hash)
+    return checked_statistics(path, read_file(fetch(path)), channels, vae_hash)
 
 
 def statistics_for(sit_path, sit_checkpoint: dict, vae_hash: str, channels: int, latent_stats=None) -> tuple:
     """Return (mean, std, where they are from) of the latents that a SiT was trained on.
 
     latent_stats (the flag) decides; else what is in the SiT's own file. Raises ValueError if there are none,
-    or if they are not of the VAE of vae_hash, with so many channels.
+    if they are not of the VAE of vae_hash, with so many channels, or if a SiT of ours is given others.
     """
+    if latent_stats and sit_checkpoint.get("format") == SIT:
+        raise ValueError(f"--latent-stats: {sit_path} carries those it was trained with; leave the flag out")
     if latent_stats:
         return *read_statistics(latent_stats, channels, vae_hash), str(latent_stats)
-    return *checked_statistics(sit_checkpoint, sit_path, channels, vae_hash), f"inside {sit_path}"
+    return *checked_statistics(sit_path, sit_checkpoint, channels, vae_hash), f"inside {sit_path}"
 
 
-def checked_statistics(content: dict, path, channels: int, vae_hash: str | None) -> tuple[Tensor, Tensor]:
+@one_line
+def checked_statistics(path, content: dict, channels: int, vae_hash: str | None) -> tuple[Tensor, Tensor]:
     """Return the statistics in a file's content; ValueError if there are none, or they are of another VAE."""
     statistics = statistics_of(content)
     if statistics is None:

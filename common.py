@@ -6,7 +6,6 @@
   whether a signal has come waits, every 10 steps of several processes.
 """
 import argparse
-import gc
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +67,54 @@ def barrier() -> None:
         dist.barrier()
 
 
+def agree(**facts) -> None:
+    """Raise ValueError, in every process, if the processes do not all have the same facts."""
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for rank, theirs in enumerate(everyone):
+        for key in facts:
+            if theirs[key] != everyone[0][key]:
+                raise ValueError(f"processes see different {key}: process 0 {everyone[0][key]}, process "
+                                 f"{rank} {theirs[key]}; folders must be shared, or equal")
+
+
+def share_out(items: list, proc: Proc) -> list:
+    """Return this process's share of `items`, as evenly as can be. Rank 0's list counts for all."""
+    box = [items]
+    if proc.world > 1:
+        dist.broadcast_object_list(box)
+    return box[0][proc.rank::proc.world]
+
+
+LOCKS = {}  # the lock files of this process; closing one would give its lock up
+
+
+def claim(folder, proc: Proc) -> None:
+    """Make `folder` this run's own until the process ends, in whatever way; remove a killed run's leftovers.
+
+    Rank 0 does it for all. Raises ValueError if another run writes there, or if nobody can.
+    """
+    if not proc.main:
+        return
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = LOCKS.setdefault(str(folder.resolve()), open(folder / ".lock", "w"))
+        with suppress(ModuleNotFoundError):  # Windows has none: a second run is not noticed there
+            import fcntl
+            # A record lock: loader workers do not inherit it, so it ends with this process.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in folder.glob(".*.tmp"):
+            file.unlink()
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run writes there; wait, or give another --out") from None
+    except OSError as error:
+        raise ValueError(f"{folder}: nothing can be written there ({error.strerror}); give another "
+                         f"--out") from error
+
+
 def distribute(module: nn.Module, proc: Proc) -> nn.Module:
     """Return DDP of `module`, or with one process the module itself. Buffers (BatchNorm's) stay as the
     processes compute them."""
@@ -110,40 +157,49 @@ class RunStopped(RuntimeError):
 
 
 def cli(main) -> None:
-    """Run a script's main(); a wrong flag, file or folder becomes one line on stderr and exit code 2."""
+    """Run a script's main(); an error that a user can mend becomes one line on stderr.
+
+    Exit codes: 2 for a wrong flag, file or folder, 1 for a run that could not go on, 130 and 143 for a run
+    that SIGINT or SIGTERM stopped.
+    """
+    code = 0
     try:
         main()
-    except (RunStopped, ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        report_error(error)
-        sys.exit(1 if isinstance(error, RunStopped) else 2)
+    except SystemExit as leaving:
+        code = leaving.code
+    except KeyboardInterrupt:  # the trainers catch the signal themselves, and save
+        code = report_error(RunStopped("interrupted"), 130)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        code = report_error(error, 2)
+    except (RunStopped, OSError, torch.OutOfMemoryError) as error:
+        code = report_error(error, 1)
     except Exception as error:
         traceback.print_exc()
-        release_loader(error)
-        sys.exit(1)
-    except KeyboardInterrupt:  # the trainers catch the signal themselves, and save
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = report_error(error, 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # At once. Peers may wait for this process in a collective (torchrun ends them when it is gone), and
+        # loader workers, which ignore SIGTERM, would be waited for.
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def report_error(error: Exception) -> None:
-    """Print an expected error as one line, below the bar if there is one."""
+def report_error(error: Exception, code: int) -> int:
+    """Print an error as one line, the last one; return the exit code."""
     text = str(error).strip()
     if text.startswith("Caught "):  # in a loader's worker: torch puts the whole traceback into the text
         text = text.splitlines()[-1].partition(": ")[2]
-    tqdm.write(f"error: {text}", file=sys.stderr)
-    release_loader(error)
-
-
-def release_loader(error: Exception) -> None:
-    """Let go of what the traceback holds, so that the process can end.
-
-    The traceback keeps the DataLoader alive. Its workers ignore SIGTERM, so exit() would hang: drop it first.
-    """
-    traceback.clear_frames(error.__traceback__)
-    gc.collect()
+    if isinstance(error, torch.OutOfMemoryError):
+        text = f"{text.partition('. ')[0]}; try a smaller --micro-batch-size or --batch-size"
+    for bar in list(tqdm._instances):
+        bar.close()  # or it would be drawn once more, below the error
+    print(f"error: {text}", file=sys.stderr)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own report ends with what is in there
+        line = {"message": f"error: {text}", "timestamp": int(time.time())}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(line))
+    return code
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
@@ -221,25 +277,59 @@ def print_plan(args, proc: Proc, networks: dict, num_images: int, micro: int, ac
            f"{steps / max(per_epoch, 1):.1f} epochs = {steps * args.batch_size:,} images")
 
 
-def plan_batch(batch_size: int, micro_batch_size: int, world: int) -> tuple[int, int]:
-    """Return (micro-batch size, micro-batches a step); 0: one a device. ValueError names a size that fits."""
-    micro = micro_batch_size or max(batch_size // world, 1)
+def plan_batch(batch_size: int, micro_batch_size: int, world: int, fits: int = 0,
+               group: int = 1) -> tuple[int, int]:
+    """Return (micro-batch size, micro-batches a step); ValueError names a size that fits.
+
+    micro_batch_size 0: all images of a device, or at most `fits` (0: no limit). group: images that share the
+    statistics of a BatchNorm; if they spanned two micro-batches, a step would depend on how a batch is cut.
+    """
+    share = max(batch_size // world, 1)
+    sizes = (m for m in range(min(share, fits), 0, -1) if share % m == 0 and m % group == 0)
+    micro = micro_batch_size or next(sizes, share)
     if batch_size % (world * micro):
-        fits = math.ceil(batch_size / (world * micro)) * world * micro
+        size = math.ceil(batch_size / (world * micro)) * world * micro
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} processes x micro-batch "
-                         f"{micro} = {world * micro}; try --batch-size {fits}")
+                         f"{micro} = {world * micro}; try --batch-size {size}")
+    if micro % group:
+        raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {group}; try --bn-group "
+                         f"{math.gcd(micro, group)}")
     return micro, batch_size // (world * micro)
 
 
-def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int) -> int:
-    """Return `steps`, or those of `epochs` if it is 0; ValueError if that makes none."""
-    steps = steps or int(epochs * (num_images // batch_size))
+def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int, saved: dict | None = None) -> int:
+    """Return `steps`, or those of `epochs` if it is 0; ValueError if that makes none.
+
+    saved: checkpoint of the run that is continued. What it has seen counts in images, as its batch size may
+    have been another.
+    """
     if num_images < batch_size:
         raise ValueError(f"{num_images} images are no batch of {batch_size}; try --batch-size {num_images}")
+    step, seen = (saved["step"], saved["images_seen"]) if saved else (0, 0)
+    steps = steps or step + int(epochs * (num_images // batch_size)) - seen // batch_size
     if steps < 1:
         raise ValueError(f"--epochs {epochs:g} of {num_images} images make no step of --batch-size "
                          f"{batch_size}; give --steps, or a smaller batch")
     return steps
+
+
+def check_resume(saved: dict, args, fixed: list, then: dict, now: dict) -> None:
+    """Say which flags differ from those of the run that is continued.
+
+    fixed: flags that make another run. then, now: hashes of what else does, such as the images, under names
+    that end in _hash; older checkpoints lack some. ValueError names what differs, with both sides.
+    """
+    there = saved["args"]
+    changed = {key: value for key, value in vars(args).items() if there.get(key, value) != value}
+    differ = [(f"--{key.replace('_', '-')}", there[key], changed[key]) for key in fixed if key in changed]
+    differ += [(key, then[key], now[key]) for key in now if key.endswith("_hash")
+               and then.get(key, now[key]) != now[key]]
+    for name, old, new in differ:
+        raise ValueError(f"{saved['path']} was trained with {name} {old}, not {new}; give the same, or "
+                         f"another --out")
+    print0(f"continuing from {saved['path']} at step {saved['step']}")
+    if changed:
+        print0("changed: " + ", ".join(f"{key} {there[key]} -> {value}" for key, value in changed.items()))
 
 
 def versions() -> dict:
@@ -356,7 +446,9 @@ def optimizer_step(optimizer, lr: float, max_norm: float, scaler=None) -> tuple[
         scaler.update()
     else:
         optimizer.found_inf = skipped.float()
-        optimizer.step()
+        # The fused kernel of MPS does not look at found_inf: there the host waits and decides.
+        if norm.device.type != "mps" or not skipped:
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped
 
@@ -467,15 +559,23 @@ class Progress:
     """
     EARLY = (10, 20)  # these steps are logged whatever --log-every says
 
-    def __init__(self, args, proc: Proc, step: int, num_steps: int, show=("loss",)):
+    def __init__(self, args, proc: Proc, step: int, num_steps: int, show=("loss",), saved=None):
+        """saved: what `state` returned at this step, if a run is continued."""
+        saved = saved or {"images_seen": step * args.batch_size, "progress": {}}
         self.args, self.proc, self.step, self.num_steps, self.show = args, proc, step, num_steps, show
-        self.sums, self.counts = {}, {}
+        self.images_seen = saved["images_seen"]
+        # The sums are of all processes: rank 0 takes them over, the others add nothing.
+        sums = saved.get("progress", {})
+        self.sums = {name: torch.tensor(float(value) * proc.main) for name, (value, _) in sums.items()}
+        self.counts = {name: count * proc.main for name, (_, count) in sums.items()}
         self.bad_streak = torch.zeros((), device=proc.device)
+        self.worst_streak = torch.zeros((), device=proc.device)
         self.seconds, self.waited, self.last_read, self.shown = 0.0, 0.0, step, {}
-        self.stopping = self.signalled = False
+        self.stopping = self.signalled = 0  # the number of the signal
+        self.next_look, self.looked, self.must_save, self.saved = step, time.monotonic(), False, step
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
-        self.file, self.bar, self.sinks = None, None, []
+        self.file, self.bar, self.sinks, self.logged = None, None, [], set()
         if proc.main:
             self.open_log()
 
@@ -483,7 +583,8 @@ class Progress:
         """Open log.jsonl, the bar and what else was asked for; the first row says what runs where."""
         args = self.args
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(args.out) / "log.jsonl", "a", buffering=1)
+        self.file = open(Path(args.out) / "log.jsonl", "a+b", buffering=0)
+        self.cut_log()
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(args.out)
@@ -496,36 +597,89 @@ class Progress:
             import wandb
             wandb.init(project=args.wandb, config=vars(args), dir=args.out)
             self.sinks.append(lambda row: wandb.log(row, step=self.step))
-        self.write({"config": vars(args), "command": " ".join(sys.argv), "device": str(self.proc.device),
-                    "world": self.proc.world, **versions()})
+        self.write({"step": self.step, "config": vars(args), "command": " ".join(sys.argv),
+                    "device": str(self.proc.device), "world": self.proc.world, **versions()})
         self.bar = tqdm(total=self.num_steps, initial=self.step, desc=Path(args.out).name, unit="step",
                         mininterval=2.0)
 
+    def cut_log(self) -> None:
+        """Cut log.jsonl back to where the run goes on: later rows, and one torn by a crash, come again."""
+        end = 0
+        self.file.seek(0)
+        for line in self.file.read().splitlines(keepends=True):
+            try:
+                row = dict(json.loads(line))
+            except (ValueError, TypeError):
+                break
+            step = row.get("step", 0)
+            if step > self.step or "config" in row and step == self.step:
+                break
+            end += len(line)
+            self.logged |= row.keys() if step == self.step else set()
+        self.file.truncate(end)
+
+    def missed(self, key: str, every: int) -> bool:
+        """Whether the run that is continued was stopped before it logged `key`, which was due."""
+        return self.proc.main and self.step > 0 and self.due(every) and key not in self.logged
+
     def on_signal(self, number, _frame) -> None:
-        """Note the signal, so that the loop can save and leave; a second one kills."""
-        self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
+        """Note the signal, so that the loop can save and leave; a second Ctrl-C kills.
+
+        What repeats it within two seconds is no second one: torchrun passes on what its processes got, too.
+        """
+        if not self.signalled:
+            self.signalled, self.signal_time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self.signal_time + 2:
+            raise KeyboardInterrupt
 
     def steps(self, loader, accum: int):
-        """Yield (step, its micro-batches) until the last step, or until a signal has come."""
+        """Yield (step, its micro-batches) until the last step; SystemExit after a signal, once saved."""
+        if self.step >= self.num_steps:
+            print0(f"nothing left to do at step {self.step} of {self.num_steps}; more: --steps or --epochs")
         batches = iter(loader)
         while self.step < self.num_steps and not self.stopping:
             begin = time.perf_counter()
             micro_batches = [next(batches) for _ in range(accum)]
             self.waited += time.perf_counter() - begin
             self.step, self.began = self.step + 1, begin
+            self.images_seen += self.args.batch_size
             yield self.step, micro_batches
         if self.file:
             self.bar.close()
             self.file.close()
         if self.stopping and self.step < self.num_steps:
-            print0(f"stopped by a signal, saved at step {self.step}; the same command continues")
+            print0(f"stopped by a signal, saved at step {self.saved}; the same command continues")
+            raise SystemExit(128 + self.stopping)
+        if self.must_save:
+            raise RunStopped(f"the last steps of {self.step} were skipped, and are not saved: the newest "
+                             f"checkpoint is of step {self.saved}; try a lower --lr or --dtype fp32")
+
+    def should_save(self) -> bool:
+        """Whether to save now: every --save-every steps, at the last, before stopping, and at the first one:
+        a save that fails should fail then.
+
+        While steps are skipped it is put off: weights that make no finite gradient may be spoilt, and would
+        push the good ones out. Only a single skipped step at the end is saved: it changed nothing.
+        """
+        last = bool(self.stopping) or self.step == self.num_steps
+        self.must_save |= last or self.step == 1 or self.due(self.args.save_every)
+        if not self.must_save or int(self.bad_streak) > last:  # waits for the device
+            return False
+        self.must_save, self.saved = False, self.step
+        return True
+
+    def state(self) -> dict:
+        """Return what a checkpoint needs so that a continued run counts and logs as if it had not stopped.
+
+        Collective: every process must call it.
+        """
+        return {"images_seen": self.images_seen, "progress": self.reduce_sums()}
 
     def record(self, terms: list, skipped: Tensor) -> None:
         """Take in a step: `terms` are dicts of scalars (tensor, number, or (sum, count)), one a micro-batch.
 
         Every --log-every steps their means are read from the device, logged and checked. Then, RunStopped is
-        raised if the last --stop-after-bad steps or more were skipped.
+        raised if --stop-after-bad steps in a row were skipped.
         """
         for part in terms:
             for name, value in part.items():
@@ -533,6 +687,7 @@ class Progress:
                 self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().float()
                 self.counts[name] = self.counts.get(name, 0) + count
         self.bad_streak = (self.bad_streak + 1) * skipped
+        self.worst_streak = torch.maximum(self.worst_streak, self.bad_streak)
         self.agree_to_stop()
         due = self.due(self.args.log_every) or self.step in self.EARLY
         row = self.read_means() if due else None  # this waits for the device
@@ -545,15 +700,21 @@ class Progress:
 
     def read_means(self) -> dict:
         """Return {name: mean over steps and processes} and start anew."""
+        means = {name: s / n if n else math.nan for name, (s, n) in self.reduce_sums().items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+    def reduce_sums(self) -> dict:
+        """Return {name: (sum, count)} over steps and processes; waits for the device."""
+        if not self.sums:
+            return {}
         names, device = list(self.sums), self.proc.device  # in the order of adding: the same in every process
         sums = torch.stack([self.sums[name].to(device) for name in names])
         counts = torch.stack([torch.as_tensor(self.counts[name]).to(device, sums.dtype) for name in names])
         table = torch.stack([sums, counts])
         if dist.is_initialized():
             dist.all_reduce(table)
-        self.sums, self.counts = {}, {}
-        sums, counts = table.tolist()
-        return {name: s / n if n else math.nan for name, s, n in zip(names, sums, counts)}
+        return dict(zip(names, table.T.tolist()))
 
     def read_throughput(self) -> dict:
         """Return speed, waiting and memory of the steps since the last call."""
@@ -572,22 +733,27 @@ class Progress:
         if vital and all(value < 1e-8 for value in vital):
             print0(f"warning: step {self.step}: gradient and losses are 0, nothing is learned any more; go "
                    f"back to a checkpoint before that, with a lower --lr")
-        streak = int(self.bad_streak)
+        streak = int(self.worst_streak)
         if streak >= self.args.stop_after_bad:
             bad = [key for key, value in row.items() if not math.isfinite(value)]
             raise RunStopped(f"step {self.step}: {streak} steps in a row skipped, first non-finite term: "
-                             f"{bad[0] if bad else 'the gradient'}; the newest checkpoint is the last good "
-                             f"one; try a lower --lr or --dtype fp32")
+                             f"{bad[0] if bad else 'the gradient'}; the newest checkpoint, of step "
+                             f"{self.saved}, is from before them; try a lower --lr or --dtype fp32")
 
     def agree_to_stop(self) -> None:
-        """Set `stopping` in all processes once any was signalled; looked at often enough for torchrun, which
-        kills 30 s after its signal."""
+        """Set `stopping` in all processes once any was signalled.
+
+        torchrun kills 30 s after its signal, so slow steps are looked at one by one, others ten at a time.
+        """
         if self.proc.world == 1:
             self.stopping = self.signalled
-        elif self.step % min(self.args.log_every, 10) == 0:
-            flag = torch.tensor(float(self.signalled), device=self.proc.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.stopping = bool(flag)
+        elif self.step >= self.next_look:
+            seconds, self.looked = time.monotonic() - self.looked, time.monotonic()
+            news = torch.tensor([self.signalled, seconds], dtype=torch.float32, device=self.proc.device)
+            dist.all_reduce(news, op=dist.ReduceOp.MAX)
+            signalled, seconds = news.tolist()
+            self.stopping = int(signalled)
+            self.next_look = self.step + (10 if seconds < 5 else 1)
 
     def due(self, every: int) -> bool:
         """Whether to do now what is done every so many steps and at the last one (0: only then)."""
@@ -609,6 +775,16 @@ class Progress:
                            f"{row['peak_memory_gib']:.1f} GiB, {row['eta_s'] / 60:.3g} min left")
 
     def write(self, row: dict) -> None:
-        """Append one JSON object to log.jsonl; numbers that JSON does not have become text."""
+        """Append one JSON object to log.jsonl; numbers that JSON does not have become text.
+
+        Training goes on where that fails, on a full disk for one.
+        """
         row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps({"time": round(time.time(), 1), **row}) + "\n")
+        line = (json.dumps({"time": round(time.time(), 1), **row}) + "\n").encode()
+        end = self.file.tell()
+        try:
+            if self.file.write(line) < len(line):  # a part of it: the disk became full
+                self.file.truncate(end)
+                raise OSError("no space left on its disk")
+        except OSError as error:
+            print(f"warning: log.jsonl lacks a row of step {self.step}: {error}", file=sys.stderr)

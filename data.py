@@ -1,26 +1,36 @@
 """Images and latents on disk, and the order in which a run sees them (a function of seed and step alone).
 
-    dataset = open_dataset("data/imagenet/train", 256)         # or "shapes", the embedded set
+    dataset = open_dataset("data/imagenet/train", 256)         # or "shapes", the embedded set, or "x.zip"
     loader = make_loader(dataset, 256, proc, micro, seed, start_step, num_steps, workers)
     latents = LatentFolder("latents")                          # written by encode.py with LatentWriter
 
 * Images are uint8 RGB at file borders, (B, 3, H, W); inside the programs float32 in [-1, 1].
 * A data set has len(), on_disk (reading takes time) and batch(indices), a dict of tensors. One of images also
-  has num_classes, class_names, image_size, and files_hash, which says which images these are; "index" in its
+  has num_classes, class_names, image_size, and images_hash, which says which images these are; "index" in its
   batches are the images really read. Loaders add "indices" and "rows", what was asked for and where.
 * Latents on disk are raw posterior moments [mean | std], 2C channels. `sample_latents` draws z from them,
   `normalize_latents` scales it per channel by the statistics kept beside them; nothing else knows a scale.
 """
 import contextlib
+import difflib
+import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
+import stat
 import struct
 import sys
+import tarfile
+import unicodedata
+import warnings
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +39,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 DEFAULT_DATA = "data/imagenet/train"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Pillow's formats that are read, by the content of a file; which files are pictures is told by the suffix.
+FORMATS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png",), "WEBP": (".webp",),
+           "BMP": (".bmp",), "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "JPEG2000": (".jp2",),
+           "AVIF": (".avif",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm")}
+SUFFIXES = (*itertools.chain(*FORMATS.values()),)
+OTHER_SUFFIXES = tuple(".heic .heif .jxl .psd .svg .tga .exr .raw .dng .cr2 .cr3 .nef .arw .orf".split())
+SYSTEM_FOLDERS = {"@eadir", "__macosx", ".ipynb_checkpoints", "#recycle", "$recycle.bin", "lost+found"}
+TRAIN, HELD_OUT, TEST = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testing"}
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> PIL's Image.Transpose
+MAX_PIXELS, MAX_BYTES = 2**28, 2**30  # of a picture, and of its file in an archive
+ONE_CLASS = ["unconditional"]
 SHAPES_NUM = {"train": 20000, "val": 4000}  # images of the embedded set
 LATENTS_FORMAT = "nanosendvae-latents"
 # Latents that differ in one of these must not share a folder.
-IDENTITY = ("vae_hash", "files_hash", "num_images", "image_size", "channels", "latent_size", "shard_size",
-            "dtype")
+IDENTITY = ("vae_hash", "images_hash", "num_images", "image_size", "channels", "latent_size", "shard_size",
+            "dtype", "precision")
+# What meta.json must say: key -> one of these, or values like this one (see `fits`).
+META = {"format": (LATENTS_FORMAT,), "dtype": ("float32", "float16"), "num_images": 1, "image_size": 1,
+        "channels": 1, "latent_size": [1], "shard_size": 1, "num_classes": 1, "class_names": [""], "vae": "",
+        "vae_hash": "", "data": "", "mean": [-1e18], "std": [0.0]}
+PLAUSIBLE = 5e4  # moments are far below; a flipped bit of an exponent is mostly far above
+OPEN_SHARDS = 128  # each holds a file handle, of which macOS gives a process 256
 
 
 # images
@@ -61,25 +87,62 @@ def center_crop(image, size: int):
                    size, size)
 
 
-def load_image(path):
-    """Read a file as a PIL RGB image: first frame, upright by its EXIF tag, 16 bits scaled to 8.
+@functools.cache
+def readable() -> tuple[list[str], tuple]:
+    """Return (formats, suffixes) of FORMATS that this Pillow reads; no EPS, which runs programs."""
+    from PIL import Image, features
+    Image.init()
+    parts = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # which a Pillow may lack
+    formats = [name for name in FORMATS if name in Image.OPEN and features.check(parts.get(name, "jpg"))]
+    return formats, tuple(suffix for name in formats for suffix in FORMATS[name])
+
+
+def turn_of(image) -> int | None:
+    """Return the PIL transpose that turns an image upright, or None. Of EXIF this tag alone is read."""
+    with contextlib.suppress(Exception):  # Pillow raises anything: a broken EXIF block spoils no pixels
+        return TURNS.get(image.getexif().get(0x0112))
+
+
+def to_8_bits(image):
+    """Return a PIL image of deep grey values (modes I and F) as one of 8 bits, others as they are.
+
+    16 bits are divided by 257. A TIFF of int32 or floats does not say its scale: it is the smallest of 0..1,
+    0..255 and 0..65535 that holds all values. ValueError if none does, or if the highest is between 1 and 2.
+    """
+    from PIL import Image
+    if image.mode[0] not in "IF":
+        return image
+    values, white = np.asarray(image, dtype=np.float64), 65535
+    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+        low, high = values.min(), values.max()
+        white = next((limit for limit in (1, 255, 65535) if high <= limit), 0)
+        if not (white and low >= 0) or 1 < high < 2:
+            raise ValueError(f"values from {low:g} to {high:g}, want 0 to 1, 255 or 65535")
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def load_image(path, opened=None):
+    """Read a file as a PIL RGB image: first frame, upright by its EXIF tag, deep greys scaled to 8 bits.
 
     Transparency is dropped as in ADM: pixels keep the colour stored under the alpha. The format is told from
-    the content, not the suffix. Raises ValueError with the file's name if it cannot be decoded to the end.
+    the content, not the suffix. opened: a function that returns the open file, if it is not one at `path`.
+    Raises ValueError with the file's name if it cannot be decoded to the end, or has over MAX_PIXELS.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, PngImagePlugin
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this number and refuses twice of it
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes that Photoshop and ComfyUI add; by default 1 MiB
     try:
-        with Image.open(path) as image:
-            image.load()
-            with contextlib.suppress(SyntaxError, struct.error):  # a broken EXIF block spoils no pixels
-                image = ImageOps.exif_transpose(image)  # differs from ADM, which ignores the tag
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                image = Image.fromarray(np.rint(np.asarray(image) / 257.0).clip(0, 255).astype(np.uint8))
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repr(str(path)), "it")
+        with warnings.catch_warnings(), opened() if opened else open(path, "rb") as file:
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=readable()[0]) as opened_image:
+                opened_image.load()
+                turn, image = turn_of(opened_image), to_8_bits(opened_image)
+                image = image if turn is None else image.transpose(turn)  # ADM never turns
+                if image.mode == "P" and "transparency" in image.info:
+                    image = image.convert("RGBA")
+                return image.convert("RGB")
+    except Exception as error:  # on damaged files Pillow raises anything, IndexError and MemoryError too
+        reason = one_line(getattr(error, "strerror", None) or error).split(" <")[0]
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {reason})") from error
 
 
@@ -89,7 +152,12 @@ def to_float(images_u8: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Map floats in [-1, 1] to uint8, rounded and clamped: -1 -> 0, 1 -> 255; the inverse of `to_float`."""
+    """Map floats in [-1, 1] to uint8, rounded and clamped: -1 -> 0, 1 -> 255; the inverse of `to_float`.
+
+    Raises ValueError for what is no number, which would become a black pixel.
+    """
+    if not x.isfinite().all():
+        raise ValueError("the decoder made pixels that are not finite; check the weights, or try --dtype fp32")
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -101,7 +169,10 @@ def psnr(x_u8: Tensor, y_u8: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a temporary file for writing that takes the place of `path` only once all of it is on the disk."""
+    """Open a temporary file for writing that takes the place of `path` only once all of it is on the disk.
+
+    Raises OSError, in one line, if the disk is full or cannot be written: the file that was there is kept.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -111,6 +182,11 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        free, done = shutil.disk_usage(path.parent).free >> 20, temporary.stat().st_size >> 20
+        reason = (getattr(error, "strerror", None) or str(error)).split("\n")[0]
+        raise OSError(f"{path}: not written ({reason}): {free} MiB free on its disk, more than {done} MiB "
+                      f"wanted; what was there before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,78 +211,319 @@ def save_npz(path, images: np.ndarray, labels) -> None:
         np.savez(file, images, np.asarray(labels))
 
 
-# data sets
+# where pictures lie
+
+def one_line(error) -> str:
+    """Return the text of another library's error without its line ends, shortened."""
+    return " ".join(str(error).split())[:300]
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, on rank 0 alone: what was left out, scaled up, or taken in another way."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def why_left_out(name: str, is_folder: bool) -> str | None:
+    """Return why a file or folder of this name is left out ("": no word of it); None if it is not."""
+    name = name.lower()
+    if name in SYSTEM_FOLDERS:
+        return "system folders"
+    if name.startswith("."):
+        return ""
+    if is_folder or name.endswith(readable()[1]):
+        return None
+    return "pictures that Pillow cannot read" if name.endswith(SUFFIXES + OTHER_SUFFIXES) else "other files"
+
+
+def list_folder(root: Path):
+    """Yield (name, size, where it lies, why_left_out) of all below a folder; names of folders end with "/".
+
+    Threads read the folders: on a network file system each waits for the server.
+    """
+    def scan(prefix):
+        found = []
+        for entry in os.scandir(root / prefix):
+            link, name, size = entry.is_symlink(), prefix + entry.name, 0
+            is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
+            why = why_left_out(entry.name, is_folder)
+            if is_folder and why is None:
+                # Paths are resolved for links alone: for each of many folders that takes time.
+                loop = link and (root / prefix).resolve().is_relative_to(Path(entry.path).resolve())
+                name, why = name if loop else f"{name}/", ""
+            elif not is_folder and why != "":
+                if not (os.path.isfile(entry.path) if link else entry.is_file()):
+                    why = "broken links"
+                size = entry.stat().st_size if why is None else 0
+            found.append((name, size, name, why))
+        return found
+
+    todo = [""]
+    with ThreadPoolExecutor(16) as pool:
+        while todo:
+            level, todo = todo, []
+            for found in pool.map(scan, level):
+                todo += [name for name, *_ in found if name.endswith("/")]
+                yield from found
+
+
+def zip_members(path: Path):
+    """Yield (name, size, (offset, packed size; 0: stored as it is), is a link) of each file in a .zip."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{info.filename} is encrypted, or packed by another method than deflate")
+            where = info.header_offset, info.compress_size if info.compress_type else 0
+            if not info.is_dir():
+                name, link = info.filename.replace("\\", "/"), stat.S_ISLNK(info.external_attr >> 16)
+                yield name, info.file_size, where, link
+
+
+def tar_members(path: Path):
+    """Yield what zip_members does, of a .tar that is not compressed."""
+    with tarfile.open(path, "r:") as archive:
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # of a million files they would take a gigabyte
+            if archive.offset < info.offset_data:  # Python before 3.11.14 would go round in circles
+                raise ValueError(f"{info.name} has a size below 0")
+            if not info.isdir():
+                yield info.name, info.size, (info.offset_data, 0), not info.isreg() or info.issparse()
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(512).strip(b"\0"):  # tarfile takes a damaged header for the end
+            raise ValueError(f"it is damaged at byte {archive.offset}")
+
+
+def list_archive(path: Path, inner: tuple) -> list[tuple]:
+    """Return what list_folder yields, of the folder `inner` (its parts) in a .zip or .tar; follows no link.
+
+    Raises ValueError for a damaged archive, and for names that lead out of it.
+    """
+    found = {}  # of a name that comes twice the last counts, as after unpacking
+    try:
+        for name, size, where, link in (zip_members if is_zip(path) else tar_members)(path):
+            parts = [part for part in name.split("/") if part not in ("", ".")]
+            if name.startswith("/") or name[1:3] == ":/" or ".." in parts:
+                raise ValueError(f"{name} leads out of it")
+            *folders, file = parts[len(inner):] or [""]
+            if file and tuple(parts[:len(inner)]) == inner:
+                whys = [*(why_left_out(part, True) for part in folders), why_left_out(file, False)]
+                why = next((why for why in whys if why is not None), "links" if link else None)
+                found["/".join((*folders, file))] = size, where, why
+    except Exception as error:  # Python's readers raise anything on damaged archives
+        raise ValueError(f"{path}: not a .zip or plain .tar that can be read ({one_line(error)}); unpack it, "
+                         "or make a .zip of the pictures") from error
+    return [(name, *rest) for name, rest in found.items()]
+
+
+def is_zip(path: Path) -> bool:
+    """Whether an archive is a .zip, not a .tar."""
+    return path.suffix.lower() == ".zip"
+
+
+def zip_start(file, header: int) -> int:
+    """Return where a member of a zip begins: behind its local header, 30 bytes, name and extra field."""
+    file.seek(header + 26)
+    return header + 30 + sum(struct.unpack("<HH", file.read(4)))
+
+
+class ImageFiles:
+    """The pictures below a folder, or in a .zip or .tar (or a folder in it: "x.zip/train") that stays packed.
+
+    .names relative, with "/", in Unicode NFC, sorted; .sizes in bytes; .folders, names of the first level;
+    .left_out, a line on the rest. All is listed anew at each start. Every reading opens the archive itself,
+    so that it works in forked and spawned workers.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        paths = (path for path in (self.root, *self.root.parents) if path.suffix.lower() in (".zip", ".tar"))
+        self.archive = next((path for path in paths if path.is_file()), None)
+        if not self.archive and not self.root.is_dir():
+            hint = "; without ImageNet: ./quickstart.sh or --data shapes" if str(root) == DEFAULT_DATA else ""
+            raise (ValueError if self.root.exists() else FileNotFoundError)(
+                f"{root}: no such folder, .zip or .tar; want --data DIR with a folder of images per class, "
+                f"or with images only{hint}")
+        found = (list_archive(self.archive, self.root.relative_to(self.archive).parts) if self.archive
+                 else list_folder(self.root))
+        rows, left, folders, self.table = [], {}, set(), None
+        for name, size, where, why in found:
+            name = name if name.isascii() else unicodedata.normalize("NFC", name)
+            if "/" in name:
+                folders.add(name.partition("/")[0])
+            if name == "dataset.json":
+                self.table = size, where
+            elif why is None:
+                rows.append((name, size, where))
+            elif why:
+                left.setdefault(why, []).append(name)
+        self.folders = sorted(name for name in folders if why_left_out(name, True) is None)
+        rows.sort()
+        names, sizes, where = zip(*rows) if rows else ((), (), ())
+        # Arrays, not lists: touching a million reference counts would copy the list into every worker.
+        self.names, self.sizes = np.array(names, dtype=str), np.array(sizes, dtype="<i8")
+        self.where = self.names if where == names else np.array(where)
+        self.left_out = "; ".join(f"{why}: {len(some)} ({min(some)})" for why, some in sorted(left.items()))
+
+    def take(self, names: list[str]) -> None:
+        """Keep these files alone, in this order."""
+        row = {name: i for i, name in enumerate(self.names.tolist())}
+        rows = np.array([row[name] for name in names], dtype=np.int64)
+        self.names, self.sizes, self.where = self.names[rows], self.sizes[rows], self.where[rows]
+
+    def open(self, i: int):
+        """Return file i, open for reading its bytes."""
+        return self.open_at(self.sizes[i], self.where[i])
+
+    def open_at(self, size, where):
+        """Return the file of `size` bytes that lies there. ValueError if it has others, or over MAX_BYTES."""
+        if not self.archive:
+            return open(self.root / str(where), "rb")
+        offset, packed, most = int(where[0]), int(where[1]), min(int(size), MAX_BYTES)
+        with open(self.archive, "rb") as file:
+            file.seek(zip_start(file, offset) if is_zip(self.archive) else offset)
+            content = file.read(min(packed, MAX_BYTES) or most)
+        if packed:  # one byte more than there should be tells of a bomb
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, most + 1)
+        if len(content) != size:
+            raise ValueError(f"its {size} bytes are not whole in the archive, or over {MAX_BYTES}")
+        return io.BytesIO(content)
+
+    def read_table(self) -> dict | None:
+        """Return {name: label} of the dataset.json in the root (EDM2's format), {} if it gives no labels.
+
+        None if there is no such file. Raises ValueError if it is damaged, or not of just these images.
+        """
+        if self.table is None:
+            return None
+        file, want = self.root / "dataset.json", '{"labels": [["a/b.png", 0], ...]}, or null for the labels'
+        try:
+            with self.open_at(*self.table) as stream:
+                pairs = json.load(stream).get("labels") or []
+            table = {unicodedata.normalize("NFC", name): label for name, label in pairs}
+            if len(table) < len(pairs) or not all(type(k) is int and 0 <= k < 2**20 for k in table.values()):
+                raise ValueError("a name comes twice, or a label is no class number")
+        except Exception as error:  # no JSON, another format, or nested too deeply
+            raise ValueError(f"{file}: {one_line(error)}; want {want}; mend it, or remove it") from error
+        names = {*self.names.tolist()} if table else set()
+        for fault, some in (("names without an image", table.keys() - names),
+                            ("images are not in it", names - table.keys())):
+            if some:
+                raise ValueError(f"{file}: {len(some)} {fault} ({min(some)}); mend it, or remove it")
+        return table
+
 
 def find_images(folder, prefix: str = "") -> list[str]:
-    """Return image paths below a folder, relative, sorted; no hidden entries, broken links or link loops."""
-    files = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            # Paths are resolved for links alone: asking the file system for each of many folders takes time.
-            loop = entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve())
-            if not loop:
-                files += find_images(entry.path, f"{prefix}{entry.name}/")
-        elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
-            files.append(prefix + entry.name)
-    return files
+    """Return the names of the pictures below a folder or in an archive, relative, sorted (see ImageFiles)."""
+    return [prefix + name for name in ImageFiles(folder).names.tolist()]
 
 
-def class_folders(root) -> list[str]:
-    """Return the names of the folders in `root`, sorted, without hidden ones."""
-    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+# data sets
+
+def find_labels(files: ImageFiles, class_names: list[str] | None = None) -> tuple[list[str], list[int]]:
+    """Return (class names, label of each image): by dataset.json, else by the first folder, else one class.
+
+    class_names: those of the training images, by which the classes are numbered. Raises ValueError for
+    folders that are no classes, and for classes that are not among class_names.
+    """
+    names, table = files.names.tolist(), files.read_table()
+    if table:
+        keys = [str(table[name]) for name in names]
+        classes = [str(label) for label in range(max(table.values()) + 1)]
+    else:
+        keys = [name.partition("/")[0] if "/" in name and table is None else "" for name in names]
+        classes = sorted({*keys} - {""})
+    if table is None:
+        check_folders(files, keys, classes)
+    elif not table:
+        note(f"{files.root}: dataset.json has no labels; all its images are one class")
+    if class_names == ONE_CLASS or not (classes or class_names):
+        return ONE_CLASS, [0] * len(names)
+    number = {name: label for label, name in enumerate(class_names or classes)}
+    unknown = {*keys} - {*number}
+    if unknown:
+        raise ValueError(f"{files.root}: {min(unknown) or 'no class folder'} is not among {len(number)} "
+                         "training classes; want the same folder names")
+    return list(number), [number[key] for key in keys]
+
+
+def check_folders(files: ImageFiles, keys: list[str], classes: list[str]) -> None:
+    """Raise ValueError if the folders in the root cannot be classes; print a note if they may be none."""
+    root, folders = files.root, files.folders
+    splits = [name for name in folders if name.lower() in TRAIN | HELD_OUT | TEST]
+    train = [name for name in splits if name.lower() in TRAIN]
+    if splits and (splits == folders or 0 < len(train) < len(splits)):
+        raise ValueError(f"{root}: its folders {' and '.join(splits)} are no classes; want --data "
+                         f"{root / (train or splits)[0]}")
+    if classes and "" in keys:
+        raise ValueError(f"{root}: {keys.count('')} images ({files.names[keys.index('')]}) beside "
+                         f"{len(classes)} class folders; move them into one, or the folders away")
+    if classes and classes != folders:
+        empty = min({*folders} - {*classes})
+        raise ValueError(f"{root}: no images in class folder {empty}; fill or remove it")
+    inner = {name.split("/")[1] for name in files.names.tolist() if name.count("/") > 1}
+    if len(classes) == 1 and len(inner) > 1:
+        note(f"{root}: its folder {classes[0]} is the only class; want --data {root / classes[0]} if those "
+             f"in it ({min(inner)}, ...) are the classes")
 
 
 class ImageFolder:
-    """The images below a folder: each sub-folder is a class, in sorted order; without sub-folders one class.
+    """The images below a folder or in an archive: each sub-folder is a class, in sorted order, or all are.
 
-    class_names: those of the training folder, so that a validation folder numbers its classes alike.
-    .files paths relative to root, .labels int64 (N,), .files_hash sha256 of the paths. A corrupt image is
-    named on stderr, replaced by the next readable one and its label, and counted in .num_corrupt; more than
-    1 % of the images seen (of 1,000 until then; one is always allowed) raise ValueError. Loader workers are
-    processes of their own: each counts what it sees.
+    A dataset.json in the root (EDM2's format) gives other labels. class_names: those of the training images,
+    so that held-out ones number their classes alike. labelled=False: folders are no classes, all are one.
+    .files paths relative to root, .labels int64 (N,), .images_hash says which images these are. A corrupt
+    image is named on stderr, replaced by the next readable one and its label, and listed in .corrupt for all
+    loader workers together; more than 1 % of the set (one is always allowed) raise ValueError.
     """
     on_disk = True
 
-    def __init__(self, root, size: int, class_names: list[str] | None = None):
-        if not Path(root).is_dir():
-            hint = "; without ImageNet: ./quickstart.sh or --data shapes" if str(root) == DEFAULT_DATA else ""
-            raise FileNotFoundError(f"{root}: no such folder; want --data DIR with a folder of images per "
-                                    f"class, or with images only{hint}")
-        files, folders = find_images(root), class_folders(root)
-        if not files:
-            raise ValueError(f"{root}: no images in it; want --data DIR with files {' '.join(SUFFIXES)}")
-        if {"train", "val"} <= {*folders}:
-            raise ValueError(f"{root}: its folders train and val are no classes; want --data {root}/train")
-        loose = [name for name in files if "/" not in name]
-        classes = sorted({name.partition("/")[0] for name in files if "/" in name})
-        if loose and classes:
-            raise ValueError(f"{root}: {len(loose)} images ({loose[0]}) beside {len(classes)} class folders; "
-                             "move them into one, or the folders away")
-        if classes and classes != folders:
-            empty = min({*folders} - {*classes})
-            raise ValueError(f"{root}: no images in class folder {empty}; fill or remove it")
-        self.class_names = (class_names or classes) if classes else ["unconditional"]
-        unknown = {*classes} - {*self.class_names}
-        if unknown:
-            raise ValueError(f"{root}: {min(unknown)} is not among {len(self.class_names)} training classes; "
-                             "want the same folder names")
-        number = {name: label for label, name in enumerate(self.class_names)}
-        labels = [number[name.partition("/")[0]] if classes else 0 for name in files]
-        self.set_files(root, size, files, labels)
+    def __init__(self, root, size: int, class_names: list[str] | None = None, labelled: bool = True):
+        files = ImageFiles(root)
+        if not len(files.names):
+            raise ValueError(f"{root}: no images in it; want --data DIR with files {' '.join(SUFFIXES)}"
+                             + (f"; it has {files.left_out}" if files.left_out else ""))
+        self.class_names, labels = ONE_CLASS, [0] * len(files.names)
+        if labelled:
+            self.class_names, labels = find_labels(files, class_names)
+        if files.left_out:
+            note(f"{root}: left out are {files.left_out}")
+        self.set_files(root, size, files.names.tolist(), labels, files)
 
-    def set_files(self, root, size: int, files: list[str], labels) -> None:
-        """Take over paths relative to `root`, with their labels."""
+    def set_files(self, root, size: int, names: list[str], labels, source: ImageFiles | None = None) -> None:
+        """Take over the images of these names below `root`, with their labels; source: all that are there."""
+        if source is None:
+            source = ImageFiles(root)
+            source.take(names)
         self.root, self.image_size, self.num_classes = Path(root), size, len(self.class_names)
-        self.labels = np.array(labels, dtype=np.int64)
-        # An array, not a list: touching a million reference counts would copy the list into every worker.
-        self.files = np.array(files)
-        self.files_hash = hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()
-        self.corrupt, self.num_corrupt, self.num_seen = set(), 0, 0
+        self.source, self.files, self.labels = source, source.names, np.array(labels, dtype=np.int64)
+        self.is_corrupt = torch.zeros(len(names), dtype=torch.uint8).share_memory_()  # by the workers
+        with contextlib.suppress(ValueError):
+            w, h = self.decode(0).size
+            if min(w, h) < size:
+                note(f"{root}: {names[0]} has {w} x {h} pixels and is scaled up to {size}; want --image-size "
+                     f"{min(w, h)} for pictures of this size")
 
     def __len__(self):
         return len(self.files)
+
+    @functools.cached_property
+    def images_hash(self) -> str:
+        """Which images these are: sha256 of names, sizes and labels, and of what evenly spaced files hold.
+
+        1,000 files are read, or all if there are no more. Copies elsewhere and archives have the same hash.
+        """
+        digest = hashlib.sha256("\n".join(self.files.tolist()).encode("utf-8", "surrogatepass"))
+        digest.update(self.source.sizes.tobytes() + self.labels.astype("<i8").tobytes())
+        for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(int)):
+            # A file that cannot be opened counts as empty: reading its batch names it.
+            with contextlib.suppress(Exception), self.source.open(i) as file:
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    @property
+    def corrupt(self) -> list[int]:
+        """The indices of the images that this process and its loader workers have found corrupt so far."""
+        return self.is_corrupt.nonzero().flatten().tolist()
 
     def batch(self, indices) -> dict:
         """Return images uint8 (B, 3, size, size), their labels and index (B,): those really read."""
@@ -218,27 +535,34 @@ class ImageFolder:
     def read(self, index: int):
         """Return (uint8 (size, size, 3), index) of the first readable image from `index` on."""
         for i in itertools.chain(range(index, len(self)), range(index)):
-            if i in self.corrupt:
-                continue
-            self.num_seen += 1
-            try:
-                image = load_image(self.root / str(self.files[i]))
-            except ValueError as error:
-                self.report_corrupt(i, error)
-            else:
+            image = None if self.is_corrupt[i] else self.load(i)
+            if image is not None:
                 return np.asarray(center_crop(image, self.image_size)), i
+            self.check_corrupt()
         raise ValueError(f"{self.root}: none of {len(self)} images is readable")
 
-    def report_corrupt(self, index: int, error) -> None:
-        """Name a corrupt image; ValueError if there are too many."""
-        self.corrupt.add(index)
-        self.num_corrupt += 1
-        seen = min(len(self), self.num_seen)
-        print(f"corrupt image {self.num_corrupt}: {error}; the next one replaces it", file=sys.stderr)
-        allowed = max(1, min(len(self), max(seen, 1000)) // 100)
-        if self.num_corrupt > allowed:
-            raise ValueError(f"{self.root}: {self.num_corrupt} of {seen} images are corrupt (last: "
-                             f"{self.files[index]}), want 1 % or less; repair or remove them")
+    def decode(self, i: int):
+        """Return image i as load_image does."""
+        return load_image(self.root / str(self.files[i]), lambda: self.source.open(i))
+
+    def load(self, i: int):
+        """Return image i as load_image does, or None for a corrupt one, which is named once."""
+        try:
+            return self.decode(i)
+        except ValueError as error:
+            if not self.is_corrupt[i]:
+                print(f"corrupt image: {error}; the next one replaces it", file=sys.stderr, flush=True)
+            self.is_corrupt[i] = 1
+
+    def check_corrupt(self) -> None:
+        """Raise ValueError if too many are corrupt; in a small set all of them are looked for and named."""
+        if len(self.corrupt) <= max(1, len(self) // 100):
+            return
+        for i in range(len(self) if len(self) <= 2000 else 0):
+            self.load(i)
+        names = self.files[self.corrupt].tolist()
+        raise ValueError(f"{self.root}: {len(names)} of {len(self)} images are corrupt, want 1 % or less; "
+                         f"repair or remove {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
 
 
 def map_member(path, name: str):
@@ -249,9 +573,8 @@ def map_member(path, name: str):
             return np.load(path, allow_pickle=False)[name]
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         header = member.tell()
-    with open(path, "rb") as file:  # the zip's local header: 30 bytes, then name and extra field
-        file.seek(info.header_offset + 26)
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    with open(path, "rb") as file:
+        start = zip_start(file, info.header_offset)
     return np.memmap(path, dtype, "r", start + header, shape, order="F" if fortran else "C")
 
 
@@ -297,19 +620,33 @@ def default_size(name: str) -> int:
     return 32 if name == "shapes" else 256
 
 
-def open_dataset(name: str, size: int, split: str = "train", val: str | None = None, seed: int = 0):
+def held_out(name: str) -> Path | None:
+    """Return what is called val, valid or validation beside training images called train, or None."""
+    path = Path(name)
+    if path.stem.lower() not in TRAIN:
+        return None
+    beside = os.listdir(path.parent) if path.parent.is_dir() else ImageFiles(path.parent).folders
+    found = [name for name in sorted(beside) if Path(name).stem.lower() in HELD_OUT
+             and Path(name).suffix.lower() == path.suffix.lower()]
+    return path.parent / found[0] if found else None
+
+
+def open_dataset(name: str, size: int, split: str = "train", val: str | None = None, seed: int = 0,
+                 labelled: bool = True):
     """Return the embedded set for "shapes", else an ImageFolder, or None if there is no validation folder.
 
-    split "val" of a folder: `val` if given, else the sibling `val` of a folder named `train`.
+    split "val" of a folder or archive: `val` if given, else what `held_out` finds. labelled=False: labels are
+    not wanted, so that held-out images need no folders as the training images have.
     """
     if name == "shapes":
         from shapes.scenes import Shapes
         return Shapes(SHAPES_NUM[split], seed, split, size)
     if split == "train":
-        return ImageFolder(name, size)
-    sibling = Path(name).parent / "val"
-    folder = val or (sibling if Path(name).name == "train" and sibling.is_dir() else None)
-    return None if folder is None else ImageFolder(folder, size, class_folders(name))
+        return ImageFolder(name, size, labelled=labelled)
+    folder = val or held_out(name)
+    if folder is None:
+        return None
+    return ImageFolder(folder, size, find_labels(ImageFiles(name))[0] if labelled else None, labelled)
 
 
 # batches
@@ -380,7 +717,8 @@ def eval_loader(dataset, batch_size: int, proc=None, workers: int = 4, indices=N
 def loader_of(batches, order, workers: int) -> DataLoader:
     """Return a DataLoader of batches[k] for k in order."""
     # In-memory data sets need no worker processes, and more than there are cores get in each other's way.
-    workers = min(workers, os.cpu_count() or 1) if batches.dataset.on_disk else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, cores) if batches.dataset.on_disk else 0
     return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
                       prefetch_factor=4 if workers else None)
@@ -420,26 +758,69 @@ def fit_statistics(z: Tensor, mean: Tensor, std: Tensor) -> list[Tensor]:
     return [s.to(z.device, torch.float32)[:, None, None] for s in (mean, std)]
 
 
+def fits(value, like) -> bool:
+    """Tell whether a value from a .json file is like an example: text, a number >= it, a list of these.
+
+    A tuple lists all values that are allowed.
+    """
+    if isinstance(like, tuple):
+        return value in like
+    if isinstance(like, list):
+        return isinstance(value, list) and all(fits(item, like[0]) for item in value)
+    return type(value) is type(like) and (isinstance(like, str) or like <= value < 1e18)
+
+
+def read_facts(file, rules: dict, advice: str = "run encode.py again") -> dict:
+    """Return the dict in a .json file; ValueError if it is damaged, or a value does not fit rules[key]."""
+    try:
+        facts = {**json.loads(Path(file).read_bytes())}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: missing or damaged ({type(error).__name__}: {error}); {advice}") from error
+    for key, like in rules.items():
+        if not fits(facts.get(key), like):
+            seen = str(facts.get(key))[:80]
+            raise ValueError(f"{file}: {key} is {seen}, want a value such as {like}; {advice}")
+    return facts
+
+
+def write_facts(file, facts: dict) -> None:
+    """Write plain values as a .json file."""
+    with replacing(file) as out:
+        out.write(json.dumps(facts, indent=1).encode())
+
+
+def hash_of(facts) -> str:
+    """Return the sha256 of plain values, which a .json file keeps as they are."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def map_array(file, dtype: str, shape: tuple):
-    """Map a .npy file into memory; ValueError if it is missing, truncated, or of another type or shape."""
+    """Map a .npy file into memory; ValueError if it is missing, damaged, or of another type or shape."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is missing or truncated ({error}); run encode.py again") from error
-    if array.shape != shape or array.dtype != dtype:
+    except Exception as error:  # for a damaged header numpy raises many types
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is missing or truncated ({reason}); run encode.py again") from error
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(f"{file} has {array.dtype} {array.shape}, want {dtype} {shape}; encode again")
     return array
 
 
-class Shards:
-    """The files of a set of latents: shard s holds the moments of the images s * shard_size and on.
+def plausible(moments: np.ndarray) -> np.ndarray:
+    """Tell of each of the moments (B, 2C, h, w) whether all its numbers are finite and small enough; (B,)."""
+    return np.abs(moments).max(axis=(1, 2, 3)) < PLAUSIBLE  # False for NaN
 
-    facts: what meta.json says (see LatentWriter).
+
+class Shards:
+    """The files of a long work on many images: shard s is of the images s * shard_size and on.
+
+    facts: num_images, shard_size; of latents what meta.json says (see LatentWriter).
     """
+    name = "moments"
 
     def __init__(self, path, facts: dict):
         self.path, self.facts, self.size = Path(path), facts, facts["shard_size"]
-        self.num_shards = math.ceil(facts["num_images"] / self.size)
+        self.num_shards = -(-facts["num_images"] // self.size)
 
     def images_of(self, shard: int) -> range:
         """Return the data set indices of a shard."""
@@ -450,92 +831,123 @@ class Shards:
         return len(self.images_of(shard)), 2 * self.facts["channels"], *self.facts["latent_size"]
 
     def file_of(self, shard: int, suffix: str = "npy") -> Path:
-        return self.path / f"moments-{shard:05d}.{suffix}"
+        return self.path / f"{self.name}-{shard:05d}.{suffix}"
 
     def open_shard(self, shard: int):
         """Return the mapped array of a shard; ValueError if it is not whole."""
         return map_array(self.file_of(shard), self.facts["dtype"], self.shape_of(shard))
+
+    def hash_latents(self, labels) -> str:
+        """Return the sha256 that says which latents these are, wherever they and their images are."""
+        content = map(self.facts.get, ("class_names", "mean", "std", "moments_sha256"))
+        return hash_of([labels.tolist(), *content])
 
 
 class LatentWriter(Shards):
     """Write the posterior moments of a data set, whole shards at a time, from any number of processes.
 
         writer = LatentWriter("latents", facts)           # in every process
-        for shard in writer.missing(rank, world):         # complete ones are left alone
+        for shard in writer.missing():                    # complete ones are left alone
             writer.write(shard, moments, labels)          # of the images writer.images_of(shard)
         writer.finish()                                   # on rank 0, once all are done
 
     facts: plain dict with IDENTITY's entries, vae, data, num_classes, class_names and what else is to be
-    kept. Beside each shard a .json holds labels and fp64 sums, which `finish` adds up in order: neither files
-    nor statistics depend on the number of processes. ValueError if the folder has latents of another VAE or
-    data.
+    kept. After each shard a .json is written, with labels, corrupt images, sha256 and fp64 sums, which
+    `finish` adds up in order: neither files nor statistics depend on the number of processes. A damaged file
+    counts as missing. ValueError if the folder has latents of another VAE, data or precision.
     """
 
     def __init__(self, path, facts: dict):
         super().__init__(path, {"format": LATENTS_FORMAT, **facts, "latent_size": list(facts["latent_size"])})
-        self.path.mkdir(parents=True, exist_ok=True)
-        for file in [*self.path.glob("moments-*.json"), *self.path.glob("meta.json")]:
-            there, ours = json.loads(file.read_text()), self.facts
+        files = [self.path / "meta.json", *(self.file_of(shard, "json") for shard in range(self.num_shards))]
+        for file in filter(Path.is_file, files):
+            try:
+                there, ours = read_facts(file, {}), self.facts
+            except ValueError:  # damaged: it will be written anew
+                continue
             for key in IDENTITY:
-                if there[key] != ours[key]:
-                    raise ValueError(f"{path} has latents with {key} {there[key]} (VAE {there['vae']}, data "
-                                     f"{there['data']}), this run {ours[key]} (VAE {ours['vae']}, data "
-                                     f"{ours['data']}); choose another folder, or remove that one")
+                if there.get(key) != ours[key]:
+                    seen, wanted = str(there.get(key, "unknown"))[:12], str(ours[key])[:12]
+                    raise ValueError(
+                        f"{file} is of {key} {seen} (VAE {there.get('vae')}, data {there.get('data')}), this "
+                        f"run {wanted} (VAE {ours['vae']}, data {ours['data']}); choose another folder, or "
+                        f"remove that one")
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Return the shards of process `rank` that are not there, whole, with labels and sums."""
-        return [shard for shard in range(rank, self.num_shards, world) if not self.is_complete(shard)]
+    def read_record(self, shard: int) -> dict:
+        """Return what the .json of a shard says; ValueError if it is damaged."""
+        record = read_facts(self.file_of(shard, "json"), {})
+        if record.pop("sha256", None) != hash_of(record):
+            raise ValueError(f"{self.file_of(shard, 'json')}: damaged; run encode.py again")
+        return record
 
-    def is_complete(self, shard: int) -> bool:
+    def missing(self, check: bool = False) -> list[int]:
+        """Return the shards that are not there, whole, with .json; check: read all, name what is damaged."""
+        return [shard for shard in range(self.num_shards) if not self.is_complete(shard, check)]
+
+    def is_complete(self, shard: int, check: bool) -> bool:
         try:
-            self.open_shard(shard)
-        except ValueError:
+            array, record = self.open_shard(shard), self.read_record(shard)
+            if check and record["moments_sha256"] != hashlib.sha256(array).hexdigest():
+                raise ValueError(f"{self.file_of(shard)}: not what was written; encoded again")
+        except ValueError as error:
+            if check:
+                note(error)
             return False
-        return self.file_of(shard, "json").is_file()
+        return True
 
-    def write(self, shard: int, moments: Tensor, labels: Tensor) -> None:
-        """Store one shard: moments (n, 2C, h, w) and labels (n,) of its images."""
+    def write(self, shard: int, moments: Tensor, labels: Tensor, corrupt=()) -> None:
+        """Store a shard: moments (n, 2C, h, w), labels (n,) and the numbers of the corrupt images."""
         array = moments.cpu().numpy().astype(self.facts["dtype"])
         if array.shape != self.shape_of(shard) or len(labels) != len(array):
             raise ValueError(f"shard {shard}: moments {array.shape}, want {self.shape_of(shard)}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"shard {shard}: moments are not finite; check the VAE, or try --dtype fp32")
+        if not plausible(array).all():
+            raise ValueError(f"shard {shard}: moments are not finite, or not below {PLAUSIBLE:g}; check the "
+                             f"VAE, or try --dtype fp32")
         mean, std = np.split(array, 2, axis=1)
-        sums = {"mean": mean.sum((0, 2, 3), dtype=np.float64).tolist(),
-                "mean2": np.einsum("nchw,nchw->c", mean, mean, dtype=np.float64).tolist(),
-                "std2": np.einsum("nchw,nchw->c", std, std, dtype=np.float64).tolist()}
+        record = {key: self.facts[key] for key in (*IDENTITY, "vae", "data")} | {
+            "mean": mean.sum((0, 2, 3), dtype=np.float64).tolist(),
+            "mean2": np.einsum("nchw,nchw->c", mean, mean, dtype=np.float64).tolist(),
+            "std2": np.einsum("nchw,nchw->c", std, std, dtype=np.float64).tolist(),
+            "moments_sha256": hashlib.sha256(array).hexdigest(),
+            "labels": labels.tolist(), "corrupt": list(corrupt)}
         with replacing(self.file_of(shard)) as file:
             np.save(file, array)
-        own = {key: self.facts[key] for key in (*IDENTITY, "vae", "data")}
-        with replacing(self.file_of(shard, "json")) as file:
-            file.write(json.dumps({**own, **sums, "labels": labels.tolist()}).encode())
+        write_facts(self.file_of(shard, "json"), {**record, "sha256": hash_of(record)})
 
     def finish(self) -> dict:
         """Write labels.npy and, last, meta.json with the statistics of z; return the facts in it.
 
         Per channel Var(z) = Var(mean) + E[std^2] over images and positions, as z = mean + std * eps.
-        Raises ValueError if a shard is missing.
+        Raises ValueError if a shard is missing, or if more than 1 % of the images were corrupt.
         """
-        if self.missing():
-            raise ValueError(f"{self.path}: shards {self.missing()} are missing; run encode.py again")
-        parts = [json.loads(self.file_of(s, "json").read_text()) for s in range(self.num_shards)]
-        count = self.facts["num_images"] * np.prod(self.facts["latent_size"])
+        missing, facts = self.missing(), self.facts
+        if missing:
+            raise ValueError(f"{self.path}: shards {missing} are missing; run encode.py again")
+        parts = [self.read_record(shard) for shard in range(self.num_shards)]
+        corrupt = sum(len(part["corrupt"]) for part in parts)
+        if corrupt:
+            note(f"{corrupt} of {facts['num_images']} images are corrupt, the next ones replace them")
+        if corrupt > max(1, facts["num_images"] // 100):
+            raise ValueError(f"{corrupt} of {facts['num_images']} images are corrupt, want 1 % or less; mend "
+                             f"or remove them, remove {self.path}, and encode again")
+        count = facts["num_images"] * np.prod(facts["latent_size"])
         mean, mean2, std2 = (np.sum([part[key] for part in parts], axis=0) / count
                              for key in ("mean", "mean2", "std2"))
-        std = np.sqrt(mean2 - mean ** 2 + std2)
+        std, labels = np.sqrt(mean2 - mean ** 2 + std2), np.concatenate([part["labels"] for part in parts])
         with replacing(self.path / "labels.npy") as file:
-            np.save(file, np.concatenate([part["labels"] for part in parts]))
-        self.facts |= {"mean": mean.tolist(), "std": std.tolist(), "count": int(count)}
-        with replacing(self.path / "meta.json") as file:
-            file.write(json.dumps(self.facts, indent=1).encode())
-        return self.facts
+            np.save(file, labels)
+        facts |= {"mean": mean.tolist(), "std": std.tolist(), "count": int(count), "corrupt": corrupt,
+                  "moments_sha256": [part["moments_sha256"] for part in parts]}
+        facts["latents_hash"] = self.hash_latents(labels)
+        write_facts(self.path / "meta.json", facts)
+        return facts
 
 
 class LatentFolder(Shards):
     """The posterior moments that encode.py wrote, memory-mapped; .facts as LatentWriter.finish returns them.
 
     .mean, .std (C,) fp32 statistics of z; .labels int64 (N,); .num_classes, .class_names, .image_size.
-    Every file is checked on opening: ValueError names one that is missing, truncated or something else.
+    Every file is checked on opening: ValueError names one that is missing, damaged or something else.
     """
     on_disk = True
 
@@ -543,20 +955,23 @@ class LatentFolder(Shards):
         file = Path(path) / "meta.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; want --latents DIR that encode.py has finished")
-        facts = json.loads(file.read_text())
-        if facts.get("format") != LATENTS_FORMAT:
-            raise ValueError(f"{file}: format {facts.get('format')}, want {LATENTS_FORMAT} of encode.py")
-        super().__init__(path, facts)
-        self.maps = [self.open_shard(shard) for shard in range(self.num_shards)]
+        super().__init__(path, read_facts(file, META))
+        facts, self.shard = self.facts, functools.lru_cache(OPEN_SHARDS)(self.open_shard)
+        for shard in range(self.num_shards):
+            self.open_shard(shard)
         self.labels = np.array(map_array(self.path / "labels.npy", "int64", (facts["num_images"],)))
         self.mean, self.std = torch.tensor(facts["mean"]), torch.tensor(facts["std"])
-        if not (self.mean.isfinite() & self.std.isfinite() & (self.std > 0)).all():
-            raise ValueError(f"{file}: std {facts['std']}, want numbers > 0; check the VAE and encode again")
+        if not len(self.mean) == len(self.std) == facts["channels"] or self.std.min() <= 0:
+            raise ValueError(f"{file}: std {facts['std']}, want {facts['channels']} numbers > 0; check the "
+                             f"VAE and encode again")
         self.num_classes, self.class_names = facts["num_classes"], facts["class_names"]
         self.image_size = facts["image_size"]
         if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
             raise ValueError(f"{path}: labels {self.labels.min()} to {self.labels.max()}, want 0 to "
                              f"{self.num_classes - 1}; remove the folder and encode again")
+        # Folders of older versions have none.
+        if facts.get("latents_hash") not in (None, self.hash_latents(self.labels)):
+            raise ValueError(f"{file} or labels.npy beside it is damaged; run encode.py again")
 
     def __len__(self):
         return len(self.labels)
@@ -565,8 +980,91 @@ class LatentFolder(Shards):
         return LatentFolder, (self.path,)  # a spawned worker maps the files itself; pickled maps are copies
 
     def batch(self, indices) -> dict:
-        """Return moments fp32 (B, 2C, h, w) and labels int64 (B,)."""
+        """Return moments fp32 (B, 2C, h, w) and labels int64 (B,); ValueError names a damaged shard."""
         index = np.asarray(indices)
-        moments = np.stack([self.maps[i // self.size][i % self.size] for i in index.tolist()])
-        return {"moments": torch.from_numpy(moments.astype(np.float32, copy=False)),
-                "labels": torch.from_numpy(self.labels[index])}
+        moments = np.empty((len(index), *self.shape_of(0)[1:]), np.float32)
+        for row, i in zip(moments, index.tolist()):  # copied one by one: a view would keep its shard open
+            row[:] = self.shard(i // self.size)[i % self.size]
+        bad = index[~plausible(moments)]
+        if len(bad):
+            raise ValueError(f"{self.file_of(bad[0] // self.size)} is damaged: moments of image {bad[0]} are "
+                             f"not finite, or not below {PLAUSIBLE:g}; mend it with encode.py --check")
+        return {"moments": torch.from_numpy(moments), "labels": torch.from_numpy(self.labels[index])}
+
+
+# samples
+
+def find_classes(wanted, names: list[str], num_classes: int, most: int | None = None):
+    """Return the numbers of classes given by name or number; None, which stands for all, if none are given.
+
+    most: if there are more, so many instead of all, evenly spaced. ValueError offers names that are close.
+    """
+    if not wanted:
+        return [i * num_classes // most for i in range(most)] if most and num_classes > most else None
+    numbers = {str(i): i for i in range(num_classes)} | {name: i for i, name in enumerate(names)}
+    for name in wanted:
+        if name not in numbers:
+            close = ", ".join(difflib.get_close_matches(name, names) or names[:10])
+            raise ValueError(f"--classes {name}: want {close} ... or a number from 0 to {num_classes - 1}")
+    return [numbers[name] for name in wanted]
+
+
+class Parts(Shards):
+    """The images that a command has drawn so far, `size` to a file, until all `num` are there.
+
+        parts = Parts("samples/parts", 50000, 64)         # in every process
+        for part in parts.begin(settings):                # on rank 0: those that are missing
+            parts.write(part, images, labels)             # of the images parts.images_of(part)
+        parts.save_npz("samples/samples.npz")             # on rank 0, one part at a time in memory
+    """
+    name = "part"
+
+    def __init__(self, path, num: int, size: int):
+        super().__init__(path, {"num_images": num, "shard_size": size})
+
+    def begin(self, settings: dict) -> list[int]:
+        """Return the parts that are missing or damaged. settings: what the images depend on, as JSON has it.
+
+        Raises ValueError that names what differs from the settings of parts that are there.
+        """
+        file = self.path / "settings.json"
+        if file.is_file():
+            there = read_facts(file, {}, f"remove {self.path}")
+            wrong = [f"{key} {str(there.get(key))[:40]}, not {str(settings[key])[:40]}" for key in settings
+                     if there.get(key) != settings[key]]
+            if wrong:
+                raise ValueError(f"{self.path} is of an unfinished command with {'; '.join(wrong[:3])}. "
+                                 f"Finish that one, give another --out, or remove {self.path}")
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)  # nobody knows what such parts are
+            write_facts(file, settings)
+        return [part for part in range(self.num_shards) if not self.is_complete(part)]
+
+    def is_complete(self, part: int) -> bool:
+        try:
+            # Reading compares the zip's checksum.
+            return len(self.read(part)["images"]) == len(self.images_of(part))
+        except Exception:  # for a damaged zip numpy raises many types
+            return False
+
+    def write(self, part: int, images: np.ndarray, labels: np.ndarray) -> None:
+        """Store uint8 images (n, H, W, 3) and labels (n,) of a part."""
+        with replacing(self.file_of(part, "npz")) as file:
+            np.savez(file, images=images, labels=labels)
+
+    def read(self, part: int):
+        """Return the npz file of a part."""
+        return np.load(self.file_of(part, "npz"), allow_pickle=False)
+
+    def save_npz(self, path) -> None:
+        """Write what `save_npz` writes, of all parts."""
+        labels = np.concatenate([self.read(part)["labels"] for part in range(self.num_shards)])
+        shape = len(labels), *self.read(0)["images"].shape[1:]
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in range(self.num_shards):
+                    member.write(self.read(part)["images"].tobytes())
+            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, labels)

@@ -4,7 +4,8 @@
     python encode.py --data shapes --vae out/vae --out latents
 
 Writes memory-mapped shards of [mean | std] per image (raw, REPA's layout), labels.npy, and meta.json with the
-per-channel mean and std of z and the hash of the VAE. Run it again to continue: complete shards are kept.
+per-channel mean and std of z and the hash of the VAE. Run it again to continue: complete shards are kept,
+damaged ones are made again.
 """
 import torch
 
@@ -17,8 +18,7 @@ from common import natural, positive
 def parse_args(argv=None):
     parser = common.new_parser(__doc__)
     add = parser.add_argument_group("encode").add_argument
-    add("--data", default=data.DEFAULT_DATA,
-        help="folder of class folders, flat folder, or 'shapes' (embedded set)")
+    add("--data", default=data.DEFAULT_DATA, help="folder of class folders, flat folder, or 'shapes'")
     add("--split", default="train", choices=("train", "val"),
         help="val: of 'shapes', or the folder 'val' beside a --data 'train' (for train_sit.py --val-latents)")
     add("--vae", default="out/vae",
@@ -29,6 +29,8 @@ def parse_args(argv=None):
     add("--shard-size", type=positive, default=8192, help="images per file")
     add("--store", default="float32", choices=("float32", "float16"), help="type on disk")
     add("--workers", type=natural, default=8, help="processes that read images, per device")
+    add("--check", action="store_true",
+        help="also read the shards that are there, and make again what is not as it was written")
     add("--dry-run", action="store_true", help="print configuration and size on disk, then leave")
     common.add_run_flags(parser, out="latents")
     parser.set_defaults(dtype="fp32")  # as REPA-E caches: latents are made once and used for a million steps
@@ -71,32 +73,36 @@ def main(argv=None):
         return None
 
     # What the latents are of: another VAE or other images must not get into the same folder.
-    writer = data.LatentWriter(args.out, {
-        "vae": path, "vae_hash": checkpoints.state_hash(vae.state_dict()),
-        "data": args.data, "split": args.split, "files_hash": dataset.files_hash,
-        "num_images": len(dataset), "image_size": size,
-        "num_classes": dataset.num_classes, "class_names": list(dataset.class_names),
-        "channels": channels, "latent_size": (side, side),
-        "shard_size": args.shard_size, "dtype": args.store, "versions": common.versions()})
-    vae.to(proc.device)
-    if proc.device.type == "cuda":  # cuDNN's convolutions want NHWC
-        vae.to(memory_format=torch.channels_last)
+    facts = {"vae": path, "vae_hash": checkpoints.state_hash(vae.state_dict()),
+             "data": args.data, "split": args.split, "images_hash": dataset.images_hash,
+             "num_images": len(dataset), "image_size": size,
+             "num_classes": dataset.num_classes, "class_names": list(dataset.class_names),
+             "channels": channels, "latent_size": (side, side), "shard_size": args.shard_size,
+             "dtype": args.store, "precision": str(dtype)[6:], "versions": common.versions()}
+    common.agree(vae_hash=facts["vae_hash"], images_hash=facts["images_hash"])
+    common.claim(args.out, proc)
+    writer = data.LatentWriter(args.out, facts)
+    checkpoints.keep_for_latents(path)
+    on_cuda = proc.device.type == "cuda"  # cuDNN's convolutions want NHWC
+    vae.to(proc.device, memory_format=torch.channels_last if on_cuda else torch.preserve_format)
 
-    # Each process takes every world-th of the shards that are missing.
-    for shard in common.progress_bar(writer.missing(proc.rank, proc.world), proc, "encode, shards"):
-        moments, labels = [], []
+    # The shards that are missing are shared out evenly.
+    missing = common.share_out(writer.missing(args.check) if proc.main else [], proc)
+    for shard in common.progress_bar(missing, proc, "encode, shards"):
+        moments, labels, corrupt = [], [], []
         for batch in data.eval_loader(dataset, args.batch_size, workers=args.workers,
                                       indices=writer.images_of(shard)):
             moments.append(encode_batch(vae, batch["images"].to(proc.device, non_blocking=True), dtype))
             labels.append(batch["labels"])
-        writer.write(shard, torch.cat(moments), torch.cat(labels))
+            # Another image was read in place of each that is corrupt.
+            corrupt += batch["indices"][batch["index"] != batch["indices"]].tolist()
+        writer.write(shard, torch.cat(moments), torch.cat(labels), corrupt)
 
     common.barrier()
     if proc.main:
         facts = writer.finish()
-        low, high = min(facts["std"]), max(facts["std"])
         print(f"wrote {args.out}: {facts['num_images']:,} images, {facts['num_classes']} classes; channel "
-              f"std {low:.3f} to {high:.3f}, which training divides by")
+              f"std {min(facts['std']):.3f} to {max(facts['std']):.3f}, which training divides by")
     return args.out
 
 

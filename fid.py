@@ -8,14 +8,15 @@
     python fid.py gfid shapes samples/samples.npz --features shapes         # the embedded set, by its judge
 
 A set of images is "shapes" (the embedded set), a folder, an npz file (arr_0 uint8 (N, H, W, 3), labels arr_1:
-ADM's format) or an npy file of such an array. REF and SAMPLES may also be a file of statistics: ours, or one
-with mu, sigma, mu_s, sigma_s (ADM's). The measures are those of ADM's evaluator (arXiv:2105.05233): TF1
+ADM's format) or an npy file of such an array. REF may also be a file of statistics: ours, or one with mu,
+sigma, mu_s, sigma_s (ADM's). The measures are those of ADM's evaluator (arXiv:2105.05233): TF1
 resize, softmax without bias, splits of 5,000, k = 3; but in fp64.
 
 Read: FeatureStats -> frechet_distance and the other measures -> compute_stats -> gfid, rfid -> the commands.
 Letters: n or m images, B images of a batch, D features.
 """
 import argparse
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor
 import checkpoints
 import common
 import data
-from inception import Extractor, fuse
+import inception
 from losses import LPIPS
 
 MAX_KEPT = 10_000  # images of a reference whose features are kept: as many as ADM's files hold
@@ -43,7 +44,8 @@ class FeatureStats:
     """Mean and covariance of the features of n images, from sums of x and of x x^T in fp64.
 
     .n         number of images; None where a file does not say
-    .meta      how they were measured: extractor, weights, resize, image_size, dimensions, split, name, data
+    .meta      how they were measured: extractor, weights, resize, image_size, dimensions, split, name,
+               images_hash (of "shapes" and folders)
     .moments   {"features" or "spatial": (mean (D,), covariance (D, D) as np.cov's)}, numpy fp64
     .kept      {name: (m, ...)}, values of single images: features for precision, recall and KID; logits, ...
     """
@@ -104,11 +106,12 @@ class FeatureStats:
         with data.replacing(path) as file:
             np.savez(file, **arrays)
 
-    @classmethod
-    def load(cls, path) -> "FeatureStats":
-        """Read a file of statistics: ours, ADM's, or pytorch-fid's. Raises KeyError for another file."""
+    @staticmethod
+    @checkpoints.one_line
+    def load(path) -> "FeatureStats":
+        """Read a file of statistics: ours, ADM's, or pytorch-fid's. Raises ValueError for another file."""
         arrays = np.load(path, allow_pickle=False)
-        stats = cls({"name": Path(path).stem, "dimensions": len(arrays["mu"])})
+        stats = FeatureStats({"name": Path(path).stem, "dimensions": len(arrays["mu"])})
         stats.n = int(arrays["n"]) if "n" in arrays else None  # ADM's does not say
         stats.moments["features"] = arrays["mu"], arrays["sigma"]
         if "mu_s" in arrays:
@@ -117,7 +120,10 @@ class FeatureStats:
         if "meta" in arrays:
             stats.meta |= json.loads(str(arrays["meta"]))
         if "features" in arrays:
-            stats.kept["features"] = torch.from_numpy(arrays["features"])
+            stats.kept["features"] = torch.from_numpy(arrays["features"]).view(-1, len(arrays["mu"]))
+        for mu, sigma in stats.moments.values():
+            if mu.shape + mu.shape != sigma.shape or not np.isfinite(mu + sigma).all():
+                raise ValueError(f"mean {mu.shape}, covariance {sigma.shape} do not fit, or are not finite")
         return stats
 
 
@@ -158,7 +164,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
     """exp(mean KL(p(y|x) || p(y))) of consecutive splits: their mean and population std (arXiv:1606.03498).
 
-    logits (n, classes); ADM's are without the bias of the last layer.
+    logits (n, classes); ADM's are without the bias of the last layer. As there, a split sees its own images
+    alone: the order of the images matters.
     """
     scores = []
     for part in logits.double().split(split_size):
@@ -166,6 +173,12 @@ def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, floa
         p = log_p.exp()
         scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def in_runs(labels: Tensor) -> bool:
+    """Whether labels (n,) equal the one before much more often than in random order: half way to always."""
+    shares = labels.unique(return_counts=True)[1] / len(labels)
+    return bool((labels[1:] == labels[:-1]).double().mean() > (1 + shares.square().sum()) / 2)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -252,14 +265,14 @@ def ssim(x_u8: Tensor, y_u8: Tensor) -> Tensor:
 
 # from images to numbers
 
-def load_extractor(name: str, weights=None, resize: str = "tf1", device="cpu") -> Extractor:
+def load_extractor(name: str, weights=None, resize: str = "tf1", device="cpu") -> inception.Extractor:
     """Return an Extractor on `device`; its .meta says for FeatureStats what it is."""
-    extractor = Extractor(name, weights, resize)
+    extractor = inception.Extractor(name, weights, resize)
     state = extractor.net.state_dict()
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     extractor.meta = {"extractor": name, "weights": checkpoints.state_hash(state), "resize": extractor.resize}
     if name == "inception":
-        fuse(extractor.net)
+        inception.fuse(extractor.net)
     return extractor.to(device)
 
 
@@ -295,6 +308,9 @@ def gfid(reference: FeatureStats, samples: FeatureStats, device="cpu") -> dict:
         result["sfid"] = frechet_distance(*reference.moments["spatial"], *samples.moments["spatial"])
     if "logits" in kept:
         result["inception_score"], result["inception_score_std"] = inception_score(kept["logits"])
+        if samples.n > 5000 and in_runs(kept.get("labels", torch.zeros(2))):  # more than one split
+            common.print0("warning: labels come in runs; mixed, inception_score of splits would be higher")
+            result["labels_in_runs"] = True
     if "features" in reference.kept and "features" in kept:
         theirs, mine = reference.kept["features"].to(device), kept["features"].to(device)
         size = min(1000, len(theirs), len(mine))
@@ -334,8 +350,9 @@ def rfid(batches, vae, extractor, device="cpu", lpips=None) -> dict:
 
 # sets of images
 
+@checkpoints.one_line
 def has_array(source, name: str) -> bool:
-    """Whether this is an npz file that holds this array. False for a damaged file: reading it says why."""
+    """Whether this is an npz file that holds this array. Raises ValueError for a damaged one."""
     return zipfile.is_zipfile(source) and f"{name}.npy" in zipfile.ZipFile(source).namelist()
 
 
@@ -360,7 +377,8 @@ def open_images(source: str, size: int, extractor, args, proc, split: str = "val
     common.print0(f"{source}: {len(dataset)} images of {dataset.image_size} px")
     if source != "shapes":
         split = next((part for part in ("test", "val", "train") if part in path.parts), "unknown")
-    meta = {"name": f"{name}-{len(dataset)}", "split": split, "image_size": dataset.image_size}
+    meta = {"name": f"{name}-{len(dataset)}", "split": split, "image_size": dataset.image_size,
+            "images_hash": getattr(dataset, "images_hash", None)}  # None for arrays, which are one file
     loader = data.eval_loader(dataset, args.batch_size, proc, args.workers)
     return dataset, common.progress_bar(loader, proc, name), extractor.meta | meta
 
@@ -412,10 +430,10 @@ def run_gfid(args, extractor, proc) -> dict:
     for source in args.samples:
         dataset, batches, meta = open_images(source, size, extractor, args, proc)
         check_comparable(reference, FeatureStats(meta))  # now, before an hour of samples
-        keep = ["features", "logits"]
+        keep = ["features", "logits", "labels"]
         # Otherwise labels are not the judge's classes: those of a user's folder are others.
         if source == "shapes" or (source.endswith(".npz") and args.reference == "shapes"):
-            keep += ["class_logits", "labels"]
+            keep += ["class_logits"]
         samples = compute_stats(batches, extractor, proc.device, meta, keep=keep)
         if not proc.main:
             continue
@@ -505,10 +523,16 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
+    checkpoints.check_out(args.out)
     # TF32 has 10 bits of mantissa: the distances would change.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     extractor = load_extractor(args.features, args.features_weights, args.resize, proc.device)
+    if args.features == "inception":  # the protocol says which file it was
+        file = inception.find_inception(args.features_weights)
+        args.features_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        if not args.features_sha256.startswith(inception.INCEPTION_SHA256):
+            common.print0(f"warning: {file} has sha256 {args.features_sha256}, want {inception.WANTED}")
     return {"gfid": run_gfid, "rfid": run_rfid, "stats": run_stats}[args.command](args, extractor, proc)
 
 

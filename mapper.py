@@ -125,8 +125,8 @@ def explain(error: Exception, name: str, flag: str, weights) -> Exception:
                           f"{flag}-weights FILE takes a local file")
     if weights is None and isinstance(error, OSError):
         return FileNotFoundError(f"{flag} {name}: its weights are not in the local cache, and the hub "
-                                 f"(huggingface.co/timm/{name}) cannot be reached; fetch the file elsewhere "
-                                 f"and give {flag}-weights FILE, or use {flag} shapes")
+                                 f"(huggingface.co/timm/{name}) cannot be reached; give {flag}-weights FILE, "
+                                 f"or {flag} shapes" + " --image-size 32 --vae tiny" * (flag == "--teacher"))
     return ValueError(f"{flag}-weights {weights or 'from the hub'}: not the weights of {name}, or damaged: "
                       f"{text}")
 

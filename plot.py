@@ -6,6 +6,7 @@
 import json
 from pathlib import Path
 
+import checkpoints
 import common
 import data
 
@@ -24,13 +25,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@checkpoints.one_line
 def read_curve(log, key: str) -> dict[int, float]:
     """Return {step: value} of one name in a log.jsonl, by rising step.
 
     Of a step that was logged twice, because a run was continued, the last value counts. Values that are not
-    finite are left out: the log has them as text.
+    finite are left out: the log has them as text. So is a last line that a crash has torn.
     """
-    rows = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(log).read_text().splitlines() if line.endswith("}")]
     values = {row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))}
     return dict(sorted(values.items()))
 
@@ -74,10 +76,12 @@ def draw_bars(report: dict):
 
 def main(argv=None):
     args = parse_args(argv)
+    import matplotlib  # noqa: F401  (now: below, a missing package would be taken for a damaged file)
     if args.chart == "curves":
         figure = draw_curves(args.files, args.keys.split(","))
     else:
-        figure = draw_bars(json.loads(Path(args.files[0]).read_text()))
+        draw = checkpoints.one_line(lambda path: draw_bars(json.loads(Path(path).read_text())))
+        figure = draw(args.files[0])
     with data.replacing(args.out) as file:
         figure.savefig(file, format="png")
 

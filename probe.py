@@ -386,7 +386,7 @@ def open_sit(args) -> tuple:
     if sit.null_label is None:
         raise ValueError(f"--sit {args.sit} has no null label, and the true one would leak the answer")
     if not args.vae and not args.report:
-        if "latents" not in sit_file:
+        if sit_file.get("format") != checkpoints.SIT:
             raise ValueError(f"--sit {args.sit} is published and does not name its VAE: give --vae FILE")
         args.vae = [sit_file["latents"]["vae"]]
     return sit, sit_file
@@ -402,6 +402,7 @@ def main(argv=None):
         return None
     if not 0 <= args.t <= 1:
         raise ValueError(f"--t {args.t} is outside 0..1, where 0 is clean and 1 is noise")
+    checkpoints.check_out(args.out)
 
     # networks
     sit, sit_file = open_sit(args) if args.sit else (None, None)
@@ -453,7 +454,8 @@ def main(argv=None):
     if left_out:
         print(f"left out, without positives or negatives in a split: {', '.join(left_out)}")
     report = {"vaes": results, "labels": labels, "args": vars(args), "versions": common.versions(),
-              "images": counts}
+              "images": counts,
+              "images_hash": [{split: pair[0].images_hash for split, pair in s.items()} for s in sets]}
     with data.replacing(args.out) as file:
         file.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     if args.report:

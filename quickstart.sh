@@ -6,13 +6,25 @@
 #   SEED=1 ./quickstart.sh out/quickstart1   # another seed, into another folder
 set -euo pipefail
 cd "$(dirname "$0")"
-case "${1:-}" in -*) echo "usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] ./quickstart.sh [DIR]" >&2; exit 2;; esac
+refuse() { echo "error: $1; usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] ./quickstart.sh [DIR]" >&2; exit 2; }
+case "${1:-}" in -*) refuse "$1 is no folder";; esac
+[ $# -le 1 ] || refuse "$# arguments, want one folder"
 OUT="${1:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
 PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-3200}"
 SAMPLES="${SAMPLES:-1000}"
+for name in SEED PRETRAIN_STEPS VAE_STEPS SIT_STEPS SAMPLES; do  # before anything is written or installed
+  case "$name ${!name}" in
+    *" "|*" "*[!0-9]*|*" "??????????*) refuse "$name=${!name}, want a whole number below 1,000,000,000";;
+    "SEED "*) ;;
+    *" 0"*) refuse "$name=${!name}, want 1 or more";;
+  esac
+done
+case "$DEVICE" in auto|cuda|mps|cpu) ;; *) refuse "DEVICE=$DEVICE is no device";; esac
+# Idle threads sleep: the two arms below, and other work, take the cores that they leave.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 check_version() {
-  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' > /dev/null ||
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' > /dev/null 2>&1 ||
     { echo "error: Python 3.11 or newer is needed, and $1 is not" >&2; exit 2; }
 }
 if [ -n "${PYTHON:-}" ]; then  # an interpreter that has the packages already
@@ -24,7 +36,7 @@ else
   echo "installing requirements.txt into .venv (about a minute the first time, then nothing is left to do)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
-mkdir -p "$OUT"
+mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "$OUT is no folder that can be written"
 settings="SEED=$SEED PRETRAIN_STEPS=$PRETRAIN_STEPS VAE_STEPS=$VAE_STEPS SIT_STEPS=$SIT_STEPS SAMPLES=$SAMPLES"
 if [ -f "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$settings" ]; then
   echo "error: $OUT was made with $(cat "$OUT/settings.txt"), this run has $settings; give another folder" >&2
@@ -53,7 +65,7 @@ sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --
 
 # arm plain|send: everything that is done with one of the two VAEs.
 arm() {
-  trap 'exit 143' TERM  # a trainer that has saved on a signal exits 0, but its stage is not done
+  trap 'exit 143' TERM  # a stage that was stopped is not done, whatever its exit code is
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
   local cfg name="$1" dir="$OUT/$1" align="--align 0"
   # Noise before the mapper costs more than it gives at this scale (docs/results.md). train_vae.py's default: on.
@@ -73,7 +85,7 @@ arm() {
 }
 
 exec 3>&1
-trap 'exit 130' INT  # a trainer that has saved on Ctrl-C exits 0, but its stage is not done
+trap 'exit 130' INT  # a stage that was stopped is not done, whatever its exit code is
 trap 'exit 143' TERM
 stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS" $run --out "$OUT/pretrained"
 # The two arms run side by side, each on half of the cores: networks this small gain little from a second thread.

@@ -4,12 +4,14 @@
     torchrun --nproc_per_node=8 sample.py --cfg 2.5 --cfg-interval 0 0.75 --num-images 50000 --npz   # for FID
     python sample.py --ckpt SiT-XL-2-256.pt --vae sdvae-f8d4.pt --latent-stats 0.18215    # published files
 
-Image i is a function of (seed, i) alone: not of batch size, number of processes or --num. protocol.json
-beside the samples says all that they depend on.
+Image i is a function of (seed, i) on one type of device: up to rounding not of batch size, processes, threads
+and --num. On a CPU it is equal bit for bit on any number of processes, if --batch-size and threads are equal
+and its batch is as long. protocol.json beside the samples says all that they depend on. The same command
+continues after a stop, as does one with a larger --num: the batches that are done wait in OUT/parts.
 """
 import hashlib
-import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ import data
 from common import natural, positive
 from sit import guided_velocity, nfe, sample_ode, sample_sde
 
-SHOWN = 80  # images in grid.png, at most
+SHOWN, COLUMNS = 80, 20  # images in grid.png, and columns, at most
+FREE = {"num", "num_images", "out", "npz"}  # what may change when a command that was stopped is continued
 
 
 def parse_args(argv=None):
@@ -36,19 +39,19 @@ def parse_args(argv=None):
         "0.18215 for SD-VAE; default: those in the SiT's file (REPA-E)")
     add = parser.add_argument_group("sampling").add_argument
     add("--cfg", type=float, default=1.0, help="guidance scale, all channels; 1 = off")
-    add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+    add("--cfg-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),
         help="noise times with guidance, inclusive (1 = pure noise); the paper's runs: 0 0.75")
-    add("--sampler", default="sde", choices=("sde", "euler", "heun"),
-        help="sde: Euler-Maruyama; euler, heun: the ODE")
+    add("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, or the ODE")
     add("--steps", type=positive, default=250, help="solver steps")
     # The long name is for torchrun, whose own parser takes --num for an abbreviation of one of its flags.
     add("--num", "--num-images", type=natural, default=0,
-        help="images; 0 = 8 of each class, at most 80 (torchrun has a --num of its own: --num-images there)")
+        help="images; 0 = 8 of each class (torchrun has a --num of its own: --num-images there)")
+    add("--classes", nargs="+", default=None, metavar="CLASS", help="names or numbers of classes to draw; "
+        "default: all, or without --num at most 10, evenly spaced")
     add("--labels", default="balanced", choices=("balanced", "random"),
-        help="balanced: image i has class i mod num_classes; random: uniform, as in REPA's numbers")
+        help="balanced: the classes in turn; random: uniform, as in REPA's numbers")
     add("--batch-size", type=positive, default=64, help="images per forward and device")
-    add("--npz", action="store_true",
-        help="also write samples.npz (arr_0 images, arr_1 labels: ADM's format)")
+    add("--npz", action="store_true", help="also write samples.npz (arr_0, arr_1: ADM's format)")
     add("--compile", action="store_true", help="torch.compile the model and the decoder")
     add("--dry-run", action="store_true", help="print configuration, sizes and evaluations, then leave")
     common.add_run_flags(parser, out="samples")
@@ -60,11 +63,12 @@ def parse_args(argv=None):
     return args
 
 
-def draw_labels(indices, policy: str, num_classes: int, seed: int) -> torch.Tensor:
-    """Return the label of each image (B,) int64; a function of (seed, index)."""
-    if policy == "balanced":
-        return torch.tensor([i % num_classes for i in indices])
-    return torch.tensor([common.derive_seed(seed, "label", int(i)) % num_classes for i in indices])
+def draw_labels(indices, args, num_classes: int) -> torch.Tensor:
+    """Return the label of each image (B,) int64; a function of (seed, index) and the classes to draw."""
+    classes, draws = args.classes or range(num_classes), indices
+    if args.labels == "random":
+        draws = [common.derive_seed(args.seed, "label", int(i)) for i in indices]
+    return torch.tensor([classes[draw % len(classes)] for draw in draws])
 
 
 @torch.no_grad()
@@ -74,7 +78,7 @@ def sample_images(model, vae, latents, indices, args, device, dtype):
     latents: what encode.py's meta.json says. The solver's state is fp32; network and decoder run under
     autocast `dtype`.
     """
-    y = draw_labels(indices, args.labels, latents["num_classes"], args.seed)
+    y = draw_labels(indices, args, latents["num_classes"])
     shape = (latents["channels"], *latents["latent_size"])
     noise = common.noise_for(shape, indices, device, args.seed, "sample")
     y_device = y.to(device)
@@ -91,7 +95,7 @@ def sample_images(model, vae, latents, indices, args, device, dtype):
     else:
         z = sample_ode(velocity, noise, args.steps, heun=args.sampler == "heun")
     z = data.denormalize_latents(z, torch.tensor(latents["mean"]), torch.tensor(latents["std"]))
-    with common.autocast(device, dtype):
+    with common.autocast(device, torch.float32 if dtype == torch.float16 else dtype):  # it may overflow
         x = vae.decode(z)
     return data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), y.numpy()
 
@@ -113,8 +117,12 @@ def open_models(args):
         raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no "
                          f"unconditional velocity; use --cfg 1")
 
-    vae_path = checkpoints.resolve(args.vae or saved["latents"]["vae"])
-    vae = checkpoints.load_vae(vae_path)
+    try:
+        vae_path = checkpoints.resolve(args.vae or saved["latents"]["vae"])
+        vae = checkpoints.load_vae(vae_path)
+    except FileNotFoundError as error:
+        wanted = "its VAE" if published else f"VAE {saved['latents']['vae_hash'][:12]}"
+        raise FileNotFoundError(f"{error}; {ckpt} wants {wanted}: give --vae a copy of it") from error
     vae_hash, channels = checkpoints.state_hash(vae.state_dict()), vae.post_quant_conv.in_channels
     if model.config.in_channels != channels:
         raise ValueError(f"{ckpt} takes latents of {model.config.in_channels} channels, {vae_path} makes "
@@ -134,77 +142,63 @@ def open_models(args):
         "latent_statistics_sha256": checkpoints.statistics_hash(mean, std)}
 
 
-def gather(images, labels, folder, proc):
-    """Return all processes' images and labels on rank 0, through files: the arrays may be gigabytes."""
-    if proc.world == 1:
-        return images, labels
-    data.save_npz(folder / f"part-{proc.rank}.npz", images, labels)
-    common.barrier()
-    if not proc.main:
-        return None, None
-    paths = [folder / f"part-{rank}.npz" for rank in range(proc.world)]
-    parts = [np.load(path) for path in paths]
-    images, labels = (np.concatenate([part[key] for part in parts]) for key in ("arr_0", "arr_1"))
-    for path in paths:
-        path.unlink()
-    return images, labels
-
-
-def write(args, images, labels, latents, facts):
+def write(args, parts, latents, protocol):
     """Write the files and say where."""
-    folder, num_classes = Path(args.out), latents["num_classes"]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, classes = Path(args.out), args.classes or range(latents["num_classes"])
     (folder / "samples.npz").unlink(missing_ok=True)  # of an earlier run: not what protocol.json will say
-    shown = images[:SHOWN]
-    by_class = args.labels == "balanced" and num_classes > 1
-    columns = min(num_classes, 10) if by_class else max(1, math.isqrt(len(shown)))
-    note = " (one column per class)" if by_class and columns == num_classes else ""
-    data.save_grid(folder / "grid.png", shown, columns=columns, scale=max(1, 64 // images.shape[1]))
-    print(f"wrote {folder}/grid.png{note}")
-    protocol = {**vars(args), **facts, "class_names": latents["class_names"][:100], **common.versions()}
-    with data.replacing(folder / "protocol.json") as file:
-        file.write(json.dumps(protocol, indent=1).encode())
+    first = [parts.read(part)["images"] for part in range(parts.num_shards)[:SHOWN // parts.size + 1]]
+    shown = np.concatenate(first)[:SHOWN]
+    columns, order = max(1, math.isqrt(len(shown))), "in the order of their numbers, not by class"
+    if args.labels == "balanced" and 1 < len(classes) <= COLUMNS:
+        names = dict(enumerate(latents["class_names"]))
+        columns, order = len(classes), f"a column each: {', '.join(str(names.get(i, i)) for i in classes)}"
+    data.save_grid(folder / "grid.png", shown, columns=columns, scale=max(1, 64 // shown.shape[1]))
+    print(f"wrote {folder}/grid.png ({order})")
+    data.write_facts(folder / "protocol.json", protocol)
     if args.npz:
-        data.save_npz(folder / "samples.npz", images, labels)
-        print(f"wrote {folder}/samples.npz: {len(images)} images; "
-              f"next: python fid.py gfid REF {folder}/samples.npz")
+        parts.save_npz(folder / "samples.npz")
+        print(f"wrote {folder}/samples.npz; next: python fid.py gfid REF {folder}/samples.npz")
+    shutil.rmtree(parts.path)
 
 
 def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
     model, vae, latents, facts = open_models(args)
-    num = args.num or min(8 * latents["num_classes"], SHOWN)
+    names, num_classes = latents["class_names"], latents["num_classes"]
+    args.classes = data.find_classes(args.classes, names, num_classes, most=None if args.num else 10)
+    num = args.num or 8 * len(args.classes or range(num_classes))
     evaluations = nfe(args.steps, heun=args.sampler == "heun")
     dtype = common.resolve_dtype(args.dtype, proc.device)
     common.print_config(args)
     common.print0(f"{num} images: {facts['checkpoint']} (step {facts['step']}, {args.weights} weights, "
                   f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype}), {args.sampler} "
-                  f"{args.steps} steps = {evaluations} evaluations, cfg {args.cfg:g} in "
-                  f"{tuple(args.cfg_interval)}; latent statistics "
-                  f"{facts['latent_statistics_sha256'][:12]}, {facts['latent_statistics']}")
+                  f"{args.steps} steps = {evaluations} evaluations, cfg {args.cfg:g} in {args.cfg_interval}; "
+                  f"latent statistics {facts['latent_statistics_sha256'][:12]}, {facts['latent_statistics']}")
     if args.dry_run:
         return None
 
+    grid = "linspace(1, .04, steps), 0" if args.sampler == "sde" else "linspace(1, 0, steps + 1)"
+    protocol = {**vars(args), **facts, "num_images": num, "nfe": evaluations, "autocast": str(dtype),
+                "device": proc.device.type, "guided_channels": "all", "time": "t=1 noise, t=0 data",
+                "time_grid": grid, "class_names": names[:100], **common.versions()}
+    settings = {key: value for key, value in protocol.items() if key not in FREE}
+    common.agree(**settings)
+    common.claim(args.out, proc)
     model, vae = model.to(proc.device), vae.to(proc.device)
     if args.compile:
         common.compile_modules(model, vae.decoder)
 
-    # Each process draws a part of the images, batch by batch.
-    mine = np.array_split(np.arange(num), proc.world)[proc.rank]
-    side = [vae.stride * size for size in latents["latent_size"]]
-    images, labels = np.empty((len(mine), *side, 3), np.uint8), np.empty(len(mine), np.int64)
-    for first in common.progress_bar(range(0, len(mine), args.batch_size), proc, "sample"):
-        part = slice(first, first + args.batch_size)
-        images[part], labels[part] = sample_images(model, vae, latents, mine[part], args, proc.device, dtype)
+    # A part is a batch, and always the same one, whichever process draws it.
+    parts = data.Parts(Path(args.out) / "parts", num, args.batch_size)
+    missing = common.share_out(parts.begin(settings) if proc.main else [], proc)
+    for part in common.progress_bar(missing, proc, "sample, batches"):
+        batch = parts.images_of(part)
+        parts.write(part, *sample_images(model, vae, latents, batch, args, proc.device, dtype))
 
-    images, labels = gather(images, labels, Path(args.out), proc)
+    common.barrier()
     if proc.main:
-        grid = "linspace(1, .04, steps), 0" if args.sampler == "sde" else "linspace(1, 0, steps + 1)"
-        write(args, images, labels, latents, {
-            **facts, "num_images": num, "nfe": evaluations, "autocast": str(dtype),
-            "device": str(proc.device), "guided_channels": "all", "time": "t=1 noise, t=0 data",
-            "time_grid": grid})
+        write(args, parts, latents, protocol)
     return args.out
 
 

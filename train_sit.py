@@ -186,9 +186,9 @@ def open_images(args, latents):
     folder = args.data or facts["data"]
     # Sorted paths number the images, here and in encode.py: latent i belongs to image i.
     images = data.open_dataset(folder, facts["image_size"], facts.get("split", "train"))
-    if images is None or images.files_hash != facts["files_hash"]:
-        raise ValueError(f"{args.latents} was encoded from other images ({facts['data']}) than {folder}; "
-                         f"give --data the folder that encode.py read")
+    if images is None or images.images_hash != facts.get("images_hash"):  # older latents have none
+        raise ValueError(f"{args.latents} was encoded from other images ({facts['data']}) than {folder} has; "
+                         f"give --data the folder that encode.py read, or encode again")
     return images
 
 
@@ -247,11 +247,10 @@ def build(args, latents, proc) -> Networks:
 
 
 def pack(nets, latents, step, args) -> dict:
-    """Return all that the run needs to continue, and that sampling needs, as a plain dict."""
+    """Return what the run needs to continue, beside Progress.state, and sampling needs, as a plain dict."""
     return {
         "format": checkpoints.SIT,
         "step": step,
-        "images_seen": step * args.batch_size,
         "model": nets.model.state_dict(),
         "ema": nets.ema.state,  # what sample.py takes
         "model_config": asdict(nets.model.config),  # a reader builds the network from it
@@ -266,16 +265,14 @@ def pack(nets, latents, step, args) -> dict:
 
 def unpack(nets, latents, saved, args) -> None:
     """Continue from a checkpoint; ValueError if it is of other latents or of another model."""
-    # The same images by another VAE are other latents, and their statistics differ.
-    path, there, here = saved["path"], saved["latents"]["vae_hash"], latents.facts["vae_hash"]
-    if there != here:
-        raise ValueError(f"{path} was trained on latents of VAE {there[:12]}, {args.latents} holds those of "
-                         f"{here[:12]}; use another --out")
+    # The same images by another VAE are other latents, and so are other images by the same.
+    common.check_resume(saved, args, ["seed"], saved["latents"], latents.facts)
     # Another shape would not load; say in which field it differs.
-    config = checkpoints.config_of(SiTConfig, saved["model_config"], path)
-    if config != nets.model.config:
-        raise ValueError(f"{path} holds another model ({different_fields(config, nets.model.config)}); give "
-                         f"the same flags or another --out")
+    config = checkpoints.config_of(SiTConfig, saved["model_config"], saved["path"])
+    differ = different_fields(config, nets.model.config)
+    if differ:
+        raise ValueError(f"{saved['path']} holds another model ({differ}); give the same flags, or another "
+                         f"--out")
     nets.model.load_state_dict(saved["model"])
     nets.ema.load(saved["ema"])
     common.load_optimizer(nets.opt, saved["optimizer"])
@@ -349,9 +346,9 @@ def preview(nets, latents, step, args) -> None:
     # The solver's state is fp32; autocast concerns the networks alone.
     with common.autocast(device, nets.dtype):
         z = sample_ode(velocity, noise, PREVIEW_STEPS)
-        z = data.denormalize_latents(z, nets.mean, nets.std)
-        # In parts: decoding takes most of the memory.
-        images = torch.cat([data.to_uint8(vae.decode(part)) for part in z.split(8)])
+    z = data.denormalize_latents(z, nets.mean, nets.std)
+    # In fp32, for a decoder may overflow in fp16; in parts, for it takes most of the memory.
+    images = torch.cat([data.to_uint8(vae.decode(part)) for part in z.split(8)])
     data.save_grid(Path(args.out) / f"samples_{step:07d}.png", images, columns=columns)
 
 
@@ -362,42 +359,48 @@ def main(argv=None):
     # Data.
     latents = data.LatentFolder(args.latents)
     held_out = open_held_out(args, latents)
+    dataset = latents
+    if args.repa:
+        dataset = WithImages(latents, open_images(args, latents))
     # A global batch is processes x micro-batches x images of a micro-batch.
     micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
-    num_steps = common.plan_steps(args.steps, args.epochs, len(latents), args.batch_size)
+
+    # Continue a run?
+    if not args.dry_run:
+        common.claim(args.out, proc)  # one run a folder
+    saved = checkpoints.newest(args.out, checkpoints.SIT)  # None: a new run
+    step = 0 if saved is None else saved["step"]
+    common.agree(latents=latents.facts, checkpoint=step)
+    num_steps = common.plan_steps(args.steps, args.epochs, len(latents), args.batch_size, saved)
 
     # Networks.
     torch.manual_seed(args.seed)  # initial weights only; the steps draw from (seed, step, row)
     nets = build(args, latents, proc)
     networks = {args.model: nets.model, "teacher": nets.teacher}
     common.print_plan(args, proc, networks, len(latents), micro, accum, num_steps)
-    facts, (height, width) = latents.facts, latents.facts["latent_size"]
-    common.print0(f"latents: {len(latents):,} of {facts['channels']} x {height} x {width}, "
+    facts = latents.facts
+    common.print0(f"latents: {len(latents):,} of {facts['channels']} channels, {facts['latent_size']}, "
                   f"{latents.num_classes} classes, VAE {facts['vae_hash'][:12]}")
-    if args.dry_run:
-        return None
-
-    # Continue.
-    step, saved = 0, checkpoints.newest(args.out, checkpoints.SIT)  # None: a new run
     if saved is not None:
         unpack(nets, latents, saved, args)
-        step = saved["step"]
-        common.print0(f"continuing from {saved['path']} at step {step}")
+    if args.dry_run:
+        return None
+    progress = common.Progress(args, proc, step, num_steps, ("loss", "repa", "val_flow"), saved)
     del saved  # its tensors have been copied
 
     # Training.
-    dataset = WithImages(latents, open_images(args, latents)) if args.repa else latents
     loader = data.make_loader(dataset, args.batch_size, proc, micro, args.seed, step, num_steps, args.workers)
-    progress = common.Progress(args, proc, step, num_steps, show=("loss", "repa", "val_flow"))
+    if held_out is not None and progress.missed("val_flow", args.val_every):
+        progress.log(validate(nets, held_out, args))  # it was stopped after saving
     for step, batches in progress.steps(loader, accum):
         terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
         # Reads numbers from the device every --log-every steps only.
         progress.record(terms, skipped)
-        # Step 1, too: a save that fails should fail now.
-        if progress.due(args.save_every) or progress.stopping or step == 1:
+        if progress.should_save():
             common.check_same(nets.model)
+            state = pack(nets, latents, step, args) | progress.state()
             if proc.main:
-                checkpoints.save(args.out, step, pack(nets, latents, step, args), args.keep)
+                checkpoints.save(args.out, step, state, args.keep)
         # After saving: a preview may take minutes on a CPU, or fail.
         if held_out is not None and progress.due(args.val_every) and proc.main:
             progress.log(validate(nets, held_out, args))

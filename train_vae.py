@@ -8,7 +8,6 @@ The same command again continues from the newest checkpoint in --out; on a CPU t
 to an uninterrupted one. A step is the same on any number of processes.
 Read: SendVAE (the method), loss_terms (eq. 3 of arXiv:2601.05823), train_step, main.
 """
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +29,8 @@ PUBLISHED_INIT = "hf://hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-
 # The mapper has as many tokens as the teacher: 16 x 16 at 256 px.
 MAPPER_PATCH = {"f16d32": 1, "f8d4": 2, "tiny": 1}
 EVAL_IMAGES = 64  # reconstructed for PSNR while training
+NO_HUB = """Without a hub, what would come from there needs a local file, or goes: --init FILE or none; \
+--teacher-weights FILE, or --teacher shapes --vae tiny --image-size 32; --lpips-weights FILE or --lpips 0"""
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -262,11 +263,14 @@ def build(args, proc, saved=None) -> Networks:
     those files are not needed any more. Raises ValueError where flags and files do not fit together.
     """
     nets = Networks(proc.device, common.resolve_dtype(args.dtype, proc.device))
-    vae = build_vae(args, saved)
-    nets.teacher, mapper = build_alignment(args, vae)
+    try:
+        vae = build_vae(args, saved)
+        nets.teacher, mapper = build_alignment(args, vae)
+        nets.lpips = LPIPS(args.lpips_weights) if args.lpips > 0 else None
+        nets.disc = build_disc(args, saved)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. {NO_HUB}") from error
     nets.send = SendVAE(vae, mapper).train()
-    nets.lpips = LPIPS(args.lpips_weights) if args.lpips > 0 else None
-    nets.disc = build_disc(args, saved)
 
     for module in (nets.send, nets.disc, nets.lpips, nets.teacher):
         if module is None:
@@ -353,13 +357,16 @@ def build_disc(args, saved):
     return None
 
 
-def check_groups(args, micro: int) -> None:
-    """Raise ValueError if a BatchNorm group would span two micro-batches: the step would depend on them."""
+def norm_group(args) -> int:
+    """Return how many images share the statistics of a BatchNorm; 1 if nothing that is trained has one."""
     mapper_norm = args.align > 0 and args.mapper == "vit" and args.mapper_norm == "on"
-    if (args.gan > 0 or mapper_norm) and micro % args.bn_group:
-        raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {args.bn_group}: the step "
-                         f"would depend on how the batch is cut; try --bn-group "
-                         f"{math.gcd(micro, args.bn_group)}")
+    return args.bn_group if args.gan > 0 or mapper_norm else 1
+
+
+def fixed_flags(args) -> list:
+    """Return the flags that a run keeps for life."""
+    mapper = ["teacher", "mapper", "mapper_depth", "projector_dim", "mapper_noise", "mapper_norm"]
+    return ["seed", "image_size"] + mapper * (args.align > 0) + ["bn_group"] * (norm_group(args) > 1)
 
 
 def state_of(module):
@@ -368,12 +375,11 @@ def state_of(module):
 
 
 def pack(nets, step, args) -> dict:
-    """Return everything that a run needs to continue, as a plain dict with unwrapped names."""
+    """Return what a run needs to continue, beside Progress.state, as a plain dict with unwrapped names."""
     vae, mapper = nets.send.vae, nets.send.mapper
     return {
         "format": checkpoints.VAE,
         "step": step,
-        "images_seen": step * args.batch_size,
         # The VAE itself: encode.py needs nothing else.
         "model": vae.state_dict(),
         "ema": None,  # readers take an average where there is one; this trainer keeps none
@@ -393,18 +399,13 @@ def pack(nets, step, args) -> dict:
 
 def unpack(nets, saved, args) -> None:
     """Continue from a checkpoint, whose VAE `build` took; ValueError if its flags made other networks."""
-    mapper, path = nets.send.mapper, saved["path"]
-    # Other flags would load in part, or not at all; say which one it is.
-    theirs = saved["mapper_config"] and checkpoints.config_of(MapperConfig, saved["mapper_config"], path)
-    ours = None if mapper is None else mapper.config
-    teacher = None if mapper is None else args.teacher
-    group = min(saved["args"].get("bn_group", args.bn_group), args.batch_size)
-    for name, there, here in (("mapper", theirs, ours), ("teacher", saved["teacher"], teacher),
-                              ("GAN", saved["discriminator"] is not None, nets.disc is not None),
-                              ("--bn-group", group, args.bn_group)):
-        if there != here:
-            raise ValueError(f"{path} was trained with {name} {there}, the flags ask for {here}; give the "
-                             f"same flags or another --out")
+    mapper = nets.send.mapper
+    # Without one of these networks, or with one more, the run would be another.
+    for name, there, here in (("mapper", saved["mapper"], mapper),
+                              ("GAN", saved["discriminator"], nets.disc)):
+        if (there is None) != (here is None):
+            raise ValueError(f"{saved['path']} was trained with {name} {there is not None}, not "
+                             f"{here is not None}; give the same flags, or another --out")
     # AdamW's moments, too: without them the first steps after a stop would be other ones.
     common.load_optimizer(nets.opt, saved["optimizer"])
     if mapper is not None:
@@ -419,16 +420,18 @@ def unpack(nets, saved, args) -> None:
 
 @torch.no_grad()
 def evaluate(nets, dataset, name, step, args) -> dict:
-    """PSNR, KL, alignment and spread of the latents of the first images of `dataset`; writes a picture."""
+    """PSNR, KL, alignment and spread of the latents of some images of `dataset`; writes a picture."""
     nets.send.eval()
     vae, mapper = nets.send.vae, nets.send.mapper
+    # Evenly over all classes, which come one after the other.
+    indices = torch.linspace(0, len(dataset) - 1, min(EVAL_IMAGES, len(dataset))).long()
     # By the posterior mean, not a draw: two evaluations differ by the weights alone.
-    images = dataset.batch(range(min(EVAL_IMAGES, len(dataset))))["images"].to(nets.device)
+    images = dataset.batch(indices.tolist())["images"].to(nets.device)
     x = data.to_float(images)
     with common.autocast(nets.device, nets.dtype):
         posterior = vae.encode(x)
         z = posterior.mode()
-        images_hat = data.to_uint8(vae.decode(z))
+    images_hat = data.to_uint8(vae.decode(z))  # in fp32: a decoder may overflow in fp16
     row = {
         "eval_images": name,
         "psnr_db": data.psnr(images, images_hat).mean().item(),
@@ -466,46 +469,54 @@ def main(argv=None):
 
     # Data.
     train_set = data.open_dataset(args.data, args.image_size)
-    val_set = data.open_dataset(args.data, args.image_size, "val", args.val)
+    val_set = data.open_dataset(args.data, args.image_size, "val", args.val, labelled=False)
     # Without held-out images the evaluation sees training images, and its rows say so.
     eval_set, eval_name = (train_set, "training") if val_set is None else (val_set, "validation")
-    # A global batch is processes x micro-batches x images of a micro-batch.
-    micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world)
-    check_groups(args, micro)
-    num_steps = common.plan_steps(args.steps, args.epochs, len(train_set), args.batch_size)
+    # A global batch is processes x micro-batches x images of a micro-batch. 32 of 256 px fit 80 GB.
+    fits = 32 * 256**2 // args.image_size**2 if proc.device.type == "cuda" else 0
+    micro, accum = common.plan_batch(args.batch_size, args.micro_batch_size, proc.world, fits,
+                                     norm_group(args))
+
+    # Continue a run?
+    if not args.dry_run:
+        common.claim(args.out, proc)  # one run a folder
+    saved = checkpoints.newest(args.out, checkpoints.VAE)  # None: a new run
+    step = 0 if saved is None else saved["step"]
+    images = f"{train_set.images_hash[:16]} of {len(train_set)} images"
+    common.agree(images_hash=images, checkpoint=step)
+    if saved is not None:
+        common.check_resume(saved, args, fixed_flags(args), saved, {"images_hash": images})
+    num_steps = common.plan_steps(args.steps, args.epochs, len(train_set), args.batch_size, saved)
 
     # Networks: `send` is trained, `disc` is trained against it, teacher and LPIPS only judge.
     torch.manual_seed(args.seed)  # initial weights only; the steps draw from (seed, step, row)
-    saved = checkpoints.newest(args.out, checkpoints.VAE)  # None: a new run
     nets = build(args, proc, saved)
     networks = {"vae": nets.send.vae, "mapper": nets.send.mapper, "discriminator": nets.disc,
                 "teacher": nets.teacher, "lpips": nets.lpips}
     common.print_plan(args, proc, networks, len(train_set), micro, accum, num_steps)
     common.print0(f"data: {len(train_set):,} images, {train_set.num_classes} classes, {args.image_size} px")
-    if args.dry_run:
-        return None
-
-    # Continue.
-    step = 0
     if saved is not None:
         unpack(nets, saved, args)
-        step = saved["step"]
-        common.print0(f"continuing from {saved['path']} at step {step}")
+    if args.dry_run:
+        return None
+    progress = common.Progress(args, proc, step, num_steps, ("loss", "rec", "align"), saved)
     del saved  # its tensors have been copied
 
     # Training.
     loader = data.make_loader(train_set, args.batch_size, proc, micro, args.seed, step, num_steps,
                               args.workers)
-    progress = common.Progress(args, proc, step, num_steps, show=("loss", "rec", "align"))
+    if progress.missed("psnr_db", args.eval_every):  # it was stopped after saving
+        progress.log(evaluate(nets, eval_set, eval_name, step, args))
     for step, batches in progress.steps(loader, accum):
         terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
         # Reads numbers from the device every --log-every steps only.
         progress.record(terms, skipped)
-        # Step 1, too: a save that fails should fail now. Saving comes first: an evaluation may fail.
-        if progress.due(args.save_every) or progress.stopping or step == 1:
+        # Saving comes first: an evaluation may fail.
+        if progress.should_save():
             common.check_same(nets.send)
+            state = pack(nets, step, args) | progress.state() | {"images_hash": images}
             if proc.main:
-                checkpoints.save(args.out, step, pack(nets, step, args), args.keep)
+                checkpoints.save(args.out, step, state, args.keep)
         if progress.due(args.eval_every) and proc.main:
             progress.log(evaluate(nets, eval_set, eval_name, step, args))
     return args.out

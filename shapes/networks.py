@@ -86,13 +86,14 @@ def load(path, cls) -> nn.Module:
         raise FileNotFoundError(f"{path}: no such file; python -m shapes.train makes it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch, zip and pickle each raise types of their own
-        state = None
-    if not isinstance(state, dict) or state.get("format") != cls.format:
-        raise ValueError(f"{path} is no {cls.__name__}; python -m shapes.train makes one")
-    net = cls(**state["config"])
-    net.load_state_dict(state["model"])
-    return net.eval()
+        if state["format"] != cls.format:
+            raise ValueError(state["format"])
+        net = cls(**state["config"])
+        net.load_state_dict(state["model"])
+        return net.eval()
+    except Exception as error:  # unreadable, not a dict, other tensors: the answer is the same
+        raise ValueError(f"{path}: no {cls.__name__} ({type(error).__name__}: {str(error)[:60]!r}); "
+                         "python -m shapes.train makes one") from error
 
 
 def load_teacher(path=Path(__file__).with_name("teacher.pt")) -> ShapesTeacher:

@@ -34,11 +34,12 @@ def parse_args(argv=None):
 
 # the table
 
+@checkpoints.one_line
 def measured(run: Path) -> dict:
-    """Return {arm: {measure: value}} of one run. Raises FileNotFoundError if a stage has not run."""
-    table = {}
-    for arm, vae in zip(ARMS, json.loads((run / "probe.json").read_text())["vaes"]):
-        rfid, gfid = (json.loads((run / arm / name).read_text()) for name in ("rfid.json", "gfid.json"))
+    """Return {arm: {measure: value}} of one run. Raises ValueError if a stage has not run."""
+    table, advice = {}, "./quickstart.sh DIR makes it"
+    for arm, vae in zip(ARMS, data.read_facts(run / "probe.json", {}, advice)["vaes"]):
+        rfid, gfid = (data.read_facts(run / arm / f"{name}.json", {}, advice) for name in ("rfid", "gfid"))
         values = {"PSNR, dB": rfid["psnr_db"], "probe F1, flattened": vae["flat"]["macro_f1"],
                   "probe F1, pooled": vae["pooled"]["macro_f1"],
                   f"FD-judge of {rfid['n']} reconstructions vs their originals": rfid["fd"]}
@@ -80,7 +81,7 @@ def draw_pictures(run: Path) -> None:
 
     columns = []  # (classes, H, W, 3) each
     for arm in ARMS:
-        samples = np.load(run / arm / "samples" / "cfg2" / "samples.npz")["arr_0"]
+        samples = data.ArrayImages(str(run / arm / "samples" / "cfg2" / "samples.npz")).images
         rounds = min(8, len(samples) // val.num_classes)  # image i has class i mod num_classes
         columns += [*samples[:rounds * val.num_classes].reshape(rounds, -1, 32, 32, 3)]
         columns += [np.full_like(columns[0], 255)]  # a white gap

@@ -6,6 +6,7 @@
 Scene i depends on (seed, split, i) alone. Read: _draw_factors (what is in a scene) -> _render -> Shapes.
 Letters: N scenes, H W pixels.
 """
+import functools
 import hashlib
 
 import numpy as np
@@ -165,7 +166,6 @@ class Shapes:
         self.factors = _draw_factors(num, seed, SPLITS[split], frame)
         parts = [{k: v[i:i + 256] for k, v in self.factors.items()} for i in range(0, num, 256)]
         self.images = np.concatenate([_render(part, size) for part in parts])
-        self.files_hash = hashlib.sha256(self.images).hexdigest()  # identifies the pixels
         self.labels = self.factors["shape"].astype(np.int64)
         tables = {"shape": SHAPES, "hue": HUES, "background": BACKGROUNDS, "texture": TEXTURES, "fill": FILLS,
                   "second": SECONDS}
@@ -178,6 +178,11 @@ class Shapes:
 
     def __len__(self):
         return len(self.labels)
+
+    @functools.cached_property
+    def images_hash(self) -> str:
+        """Which images these are: sha256 of all pixels."""
+        return hashlib.sha256(self.images).hexdigest()
 
     def batch(self, indices) -> dict:
         """Return {"images": uint8 (B, 3, H, W), "labels": int64 (B,), "index": int64 (B,), the positions}."""

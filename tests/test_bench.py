@@ -44,7 +44,7 @@ def test_step_is_the_trainers_own_with_all_its_networks(stage, trainer, monkeypa
     assert not skipped and nets.teacher.name == "vit_tiny_patch16_224"
     assert names >= ({"rec", "lpips", "kl", "gan", "align", "disc"} if stage == "vae" else {"flow", "repa"})
     if stage == "vae":
-        assert nets.send.mapper.bn.group == 1 and trainer.check_groups(run, micro=1) is None
+        assert nets.send.mapper.bn.group == 1 == trainer.norm_group(run)
 
 
 def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):

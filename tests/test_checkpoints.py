@@ -7,8 +7,12 @@ says what of that was run); the published files themselves were not at hand.
 """
 import json
 import os
+import sys
 from argparse import Namespace
+from collections import defaultdict
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +131,28 @@ VAE_LAYOUTS = {
 def test_a_published_vae_loads_from_every_layout(tmp_path, layout):
     loaded = load_vae(save(tmp_path / "vae.ckpt", VAE_LAYOUTS[layout]))
     assert same(loaded, VAE_STATE) and loaded.config == VAE_CONFIG and not loaded.training
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_beside_the_weights_of_lightnings_files_are_not_built(tmp_path, monkeypatch, zipped):
+    """As LDM's kl-f8: states of callbacks under their classes. The packages are not there when it is read."""
+    classes = {module: type(name, (), {"__module__": module})
+               for module, name in (("pytorch_lightning", "ModelCheckpoint"), ("omegaconf", "DictConfig"))}
+    callback, config = classes["pytorch_lightning"], classes["omegaconf"]()
+    config.content = {"path": Path("x"), "dims": defaultdict(dict), "loss": np.float64(3)}
+    for name, state in (("a.ckpt", config), ("code.ckpt", Code())):
+        for module, cls in classes.items():
+            monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{cls.__name__: cls}))
+        torch.save({"state_dict": VAE_STATE, "callbacks": {callback: {"best": state}}, "config": config},
+                   tmp_path / name, _use_new_zipfile_serialization=zipped)
+    for module in classes:
+        monkeypatch.setitem(sys.modules, module, None)  # an import would raise
+    assert same(load_vae(tmp_path / "a.ckpt"), VAE_STATE)
+    kept = checkpoints.read_file(tmp_path / "a.ckpt")["config"]
+    assert type(kept) is checkpoints.Nothing and not vars(kept)
+    with pytest.raises(ValueError, match="could run code.*system"):
+        load_vae(tmp_path / "code.ckpt")
+    assert not os.path.exists("ran")
 
 
 def test_a_file_on_the_hub_in_half_precision_with_other_latent_channels_loads(tmp_path, monkeypatch):
@@ -276,14 +302,18 @@ class Code:
 
 
 OUR_VAE = {"format": checkpoints.VAE, "model": VAE_STATE, "model_config": asdict(VAE_CONFIG), "mapper": None}
+ZERO = torch.zeros(1).expand(4)
 GRAY = {**VAE_STATE, "encoder.conv_in.weight": torch.zeros(32, 1, 3, 3)}
 # (what is wrong, what loads it, a path or the content of a file, one key word of the message)
 REFUSALS = [
-    ("owner/repo", load_vae, "stabilityai/sd-vae-ft-mse", "hf://OWNER"),
+    ("owner/repo", load_vae, "owner/sd-vae", "hf://OWNER"),
+    ("known repo", load_vae, "stabilityai/sd-vae-ft-mse", "hf://stab.*/sd-vae-ft-mse/diffusion_py.*safet"),
     ("hf:// without owner", load_vae, "hf://repo/vae.pt", "OWNER/REPO"),
-    ("hub out of reach", load_sit, "hf://nobody/nothing/x.pt", "neither"),
+    ("hub out of reach", load_sit, "hf://nobody/nothing/x.pt", "neither.*--init none"),
     ("text", load_sit, b"these are no weights", "damaged"),
     ("code", load_vae, Code(), "could run code.*system"),
+    ("without end", load_vae, {**OUR_VAE, "model_config": {"num_res_blocks": 10**9}}, "blocks"),
+    ("few numbers repeated", load_sit, {**SIT_STATE, "final_layer.linear.bias": ZERO}, "not whole"),
     ("code in args", load_sit, {"ema": SIT_STATE, "args": Namespace(lr=Code())}, "could run code.*system"),
     ("anything as VAE", load_vae, {"w": MEAN, "b": 2}, "first keys: w"),
     ("VAE lacks a tensor", load_vae, without(VAE_STATE, "conv_in.bias"), "is missing"),

@@ -10,6 +10,8 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,9 @@ NO, YES = torch.tensor(False), torch.tensor(True)
     (common.plan_batch, (256, 32, 2), (32, 4)), (common.plan_batch, (256, 0, 8), (32, 1)),
     (common.plan_batch, (256, 0, 1), (256, 1)), (common.plan_batch, (6, 1, 3), (1, 2)),
     (common.plan_batch, (256, 32, 3), "--batch-size 288"), (common.plan_batch, (10, 0, 4), "--batch-size 16"),
+    # at most 32 fit, in groups of 8; a run at step 6 that has seen 80 images of 200
+    (common.plan_batch, (128, 0, 1, 48, 8), (32, 4)), (common.plan_batch, (20, 0, 1, 8, 8), "--bn-group 4"),
+    (common.plan_steps, (0, 2, 100, 10, {"step": 6, "images_seen": 80}), 18),
     (common.plan_steps, (7, 80, 100, 32), 7), (common.plan_steps, (0, 80, 100, 32), 240),
     (common.plan_steps, (0, 0.5, 100, 10), 5), (common.plan_steps, (0, 0.01, 100, 10), "--steps"),
     (common.plan_steps, (0, 1, 32, 32), 1), (common.plan_steps, (5, 1, 31, 32), "--batch-size 31")])
@@ -139,22 +144,22 @@ def progress_of(tmp_path):
     """make(flags of train_vae.py or train_sit.py) -> Progress; signals are handled as before afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def make(flags="", step=0, num_steps=100):
+    def make(flags="", step=0, num_steps=100, saved=None):
         args = train_vae.parse_args(f"--batch-size 4 --out {tmp_path}/run {flags}".split())
-        return common.Progress(args, CPU, step, num_steps)
+        return common.Progress(args, CPU, step, num_steps, saved=saved)
     yield make
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def train(progress, terms, accum=1, skipped=NO, after=lambda step: None):
-    """Go through the steps with terms(step), a list of dicts; return the log's rows that have a step."""
+    """Go through the steps with terms(step), a list of dicts; return the log's rows of steps."""
     for step, batches in progress.steps(iter(int, 1), accum):
         assert batches == [0] * accum
         progress.record(terms(step), skipped)
         after(step)
     rows = map(json.loads, open(f"{progress.args.out}/log.jsonl"))
-    return [row for row in rows if "step" in row]
+    return [row for row in rows if "config" not in row]
 
 
 def test_rows_hold_means_over_steps_and_micro_batches_and_steps_10_and_20_always(progress_of, capsys):
@@ -180,28 +185,77 @@ def test_what_is_done_every_so_many_steps_is_done_at_the_last_one_too(progress_o
     assert done == steps
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_ends_the_loop_and_the_second_kills(progress_of, number, capsys):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_loop_and_its_echo_does_no_harm(progress_of, number, code, capsys):
     progress, seen = progress_of(), []
 
     def interrupt(step):
-        seen.append((step, progress.stopping))
-        if step == 3:
+        seen.append((step, bool(progress.stopping), progress.should_save()))
+        for _ in range(2 * (step == 3)):  # torchrun passes it on once more
             os.kill(os.getpid(), number)
-    train(progress, lambda step: [{"a": 1.0}], after=interrupt)
-    assert seen == [(1, False), (2, False), (3, False), (4, True)]
+    with pytest.raises(SystemExit) as left:
+        train(progress, lambda step: [{"a": 1.0}], after=interrupt)
+    assert left.value.code == code
+    assert seen == [(1, False, True), (2, False, False), (3, False, False), (4, True, True)]
     assert "stopped by a signal, saved at step 4; the same command continues" in capsys.readouterr().out
-    assert signal.getsignal(number) == signal.SIG_DFL
+    progress.signal_time -= 3  # long ago: a second Ctrl-C is meant
+    with pytest.raises(KeyboardInterrupt) if code == 130 else nullcontext():
+        os.kill(os.getpid(), number)
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_term(progress_of):
-    flags, terms = "--log-every 1 --stop-after-bad 3", [{"lr": 0.1, "rec": math.nan}]
+    """Also where the row of the log comes after the streak."""
+    flags, terms = "--stop-after-bad 3 --log-every", [{"lr": 0.1, "rec": math.nan}]
     with pytest.raises(common.RunStopped, match="step 3: 3 steps in a row skipped.*: rec"):
-        train(progress_of(flags), lambda step: terms, skipped=YES)
-    progress = progress_of(flags, num_steps=9)
-    for step, _ in progress.steps(iter(int, 1), 1):  # each two bad ones are followed by a good one
-        progress.record(terms, torch.tensor(step % 3 > 0))
-    assert progress.step == 9
+        train(progress_of(f"{flags} 1"), lambda step: terms, skipped=YES)
+    for limit, log_every in ((9, 1), (4, 8)):
+        progress = progress_of(f"{flags} {log_every}", num_steps=9)
+        for step, _ in progress.steps(iter(int, 1), 1):
+            bad = step % 3 > 0 if limit == 9 else step in (4, 5, 6)  # two in a row, or three
+            if step == 8 and limit == 4:
+                with pytest.raises(common.RunStopped, match="step 8: 3 steps"):
+                    progress.record(terms, torch.tensor(bad))
+                break
+            progress.record(terms, torch.tensor(bad))
+
+
+def test_nothing_is_saved_while_steps_are_skipped(progress_of):
+    """Skipped: 1, 4 to 6, and the last two or the last one of 9."""
+    for skipped, saved in (({1, 4, 5, 6, 8, 9}, [2, 7]), ({1, 4, 5, 6, 9}, [2, 7, 8, 9])):
+        progress, seen = progress_of("--save-every 4", num_steps=9), []
+        with pytest.raises(common.RunStopped, match="of step 7") if 8 in skipped else nullcontext():
+            for step, _ in progress.steps(iter(int, 1), 1):
+                progress.record([], torch.tensor(step in skipped))
+                seen += [step] if progress.should_save() else []
+        assert seen == saved
+
+
+def test_a_continued_run_logs_as_if_it_had_not_stopped(progress_of):
+    """The row after the stop holds the steps before it, too; later rows, a torn one and the old start go."""
+    def rows(progress):
+        return [{key: row.get(key) for key in ("step", "a")} for row in train(
+            progress, lambda step: [{"a": torch.tensor(float(step))}])]
+    wanted = rows(progress_of("--log-every 4", num_steps=9))
+    progress = progress_of("--log-every 4", num_steps=9)
+    for step, _ in progress.steps(iter(int, 1), 1):
+        progress.record([{"a": torch.tensor(float(step))}], NO)
+        if step == 6:
+            state = progress.state()
+    path = Path(progress.args.out) / "log.jsonl"
+    path.write_text(path.read_text() + '{"step": 9, "to')
+    again = progress_of("--log-every 4", step=6, num_steps=9, saved=state)
+    assert rows(again) == wanted and again.images_seen == 36
+    assert sum("config" in line for line in path.read_text().splitlines()) == 2
+    at_8 = progress_of(step=8, num_steps=9)
+    assert at_8.missed("psnr_db", 4) and not at_8.missed("psnr_db", 3) and not at_8.missed("a", 4)
+
+
+def test_a_log_that_cannot_be_written_does_not_end_training(progress_of, capsys):
+    progress = progress_of("--log-every 1", num_steps=2)
+    progress.file = open("/dev/full", "ab", buffering=0)
+    for step, _ in progress.steps(iter(int, 1), 1):
+        progress.record([{"a": 1.0}], NO)
+    assert progress.step == 2 and "No space left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row, dead", [
@@ -233,15 +287,20 @@ def test_tensorboard_and_wandb_get_the_numbers_where_they_are_installed(progress
 @pytest.mark.parametrize("error, code, line", [
     (ValueError("wrong"), 2, "error: wrong"), (FileNotFoundError("gone"), 2, "error: gone"),
     (ModuleNotFoundError("wandb"), 2, "error: wandb"), (common.RunStopped("nan"), 1, "error: nan"),
-    (ZeroDivisionError("bug"), 1, "ZeroDivisionError: bug"), (KeyboardInterrupt(), 130, "interrupted")])
-def test_an_error_ends_a_command_by_one_line_and_its_code(error, code, line, capsys):
+    (OSError("full"), 1, "error: full"), (KeyboardInterrupt(), 130, "error: interrupted"),
+    (ZeroDivisionError("bug"), 1, "error: bug")])
+def test_an_error_ends_a_command_by_one_line_and_its_code(error, code, line, capsys, monkeypatch, tmp_path):
+    """At once, without waiting for other processes; torchrun reads the line from its file."""
     def main():
         raise error
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as left:
         common.cli(main)
     printed = capsys.readouterr().err.splitlines()
     assert left.value.code == code and printed[-1] == line
-    assert (len(printed) > 1) == line.startswith("Zero")  # a bug shows where it is
+    assert (len(printed) > 1) == (line == "error: bug")  # a bug shows where it is
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == line
 
 
 @pytest.mark.parametrize("broken, code, line", [

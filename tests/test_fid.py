@@ -4,10 +4,12 @@
 """
 import copy
 import functools
+import hashlib
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,7 +142,7 @@ def test_inception_activations_equal_the_published_ports(name, kind, variant):
     assert checked == len([key for key in stored if ("@" in key) == (dtype == torch.float64)])
 
 
-def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(tmp_path, monkeypatch):
+def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(tmp_path, monkeypatch, capsys):
     net = network(next(iter(INCEPTION["tensors"]))).float()
     state = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "published.pth")  # the published file has no batch counters
@@ -156,6 +158,8 @@ def test_inception_weights_load_from_a_file_as_published_and_nothing_else_does(t
     flags = "stats three.npy --resize pytorch-fid --device cpu --workers 0 --out s.npz".split()
     facts = [fid.main([*flags, "--features-weights", name]).meta for name in ("published.pth", "counted.pth")]
     assert facts[0] == facts[1] and facts[0]["resize"] == "pytorch-fid"
+    digest = hashlib.sha256((tmp_path / "counted.pth").read_bytes()).hexdigest()
+    assert f"counted.pth has sha256 {digest}, want" in capsys.readouterr().out
 
 
 def test_inception_weights_are_fetched_once_into_the_cache_and_checked(tmp_path, monkeypatch):
@@ -369,6 +373,26 @@ def test_gfid_prints_a_block_per_set_and_writes_its_protocol(small_set, tmp_path
     assert {"precision", "recall", "kid", "class_accuracy"} <= {*protocol["sets"][sources[0]]}
 
 
+def test_a_warning_says_that_class_ordered_samples_have_a_low_inception_score(tmp_path, monkeypatch, capsys):
+    """The number is ADM's: of 5,000 consecutive images."""
+    def extractor(images_u8):
+        number = images_u8[:, 0, 0, 0].long()
+        return {"features": torch.rand(len(number), 3), "logits": 40 * torch.eye(10)[number]}
+    extractor.meta, extractor.label, labels = {}, "FID", np.arange(10_000) % 10
+    monkeypatch.setattr(fid, "load_extractor", lambda *_: extractor)
+    monkeypatch.setattr(fid, "precision_recall", lambda *_: (0, 0))
+    monkeypatch.chdir(tmp_path)
+    np.save("few.npy", np.zeros((50, 2, 2, 3), np.uint8))
+    for name, order in (("mixed", labels), ("runs", np.sort(labels))):
+        np.savez(name, np.tile(order.astype("u1")[:, None, None, None], (1, 2, 2, 3)), order.astype(">u2"))
+    sets = fid.main(["gfid", "few.npy", "mixed.npz", "runs.npz", *JUDGE])["sets"]
+    assert capsys.readouterr().out.count("labels come in runs") == 1
+    for name, score in (("mixed", 10), ("runs", 5)):
+        assert sets[f"{name}.npz"]["inception_score"] == pytest.approx(score, rel=1e-3)
+        assert ("labels_in_runs" in sets[f"{name}.npz"]) == (name == "runs")
+    assert json.loads(Path("out/gfid.json").read_text())["sets"]["runs.npz"]["labels_in_runs"]
+
+
 def test_class_accuracy_is_of_the_embedded_set_alone(small_set, tmp_path):
     flags = [*JUDGE, "--out", str(tmp_path / "out.json")]
     arrays, folders = (str(small_set[0] / name) for name in ("samples.npz", "pictures"))
@@ -438,6 +462,7 @@ def test_rfid_command_reports_psnr_ssim_and_the_originals(small_set, tmp_path, c
     result = fid.main(["rfid", str(root), "--vae", checkpoint, *JUDGE, "--lpips-weights",
                        str(tmp_path / "vgg16.pth"), "--out", str(tmp_path / "lpips.json")])
     assert "6 images of 32 px" in (text := capsys.readouterr().out) and "of val-6, split val\n" in text
+    assert result["reference"]["images_hash"] == data.ImageFolder(root, 32).images_hash
     x = data.to_float(data.ImageFolder(root, 32).batch(range(6))["images"])
     with torch.no_grad():
         expected = losses.LPIPS(tmp_path / "vgg16.pth")(x, vae.decode(vae.encode(x).mode())).mean().item()
@@ -454,6 +479,11 @@ def fill(folder):
     (folder / "cut.npz").write_bytes((folder / "theirs.npz").read_bytes()[:-300])
     np.save(folder / "small.npy", images)
     np.save(folder / "wide.npy", np.zeros((5, 64, 64, 3), np.uint8))
+    np.savez(folder / "ADM.npz", mu=np.zeros(4), sigma=np.eye(4), arr_0=images)  # holds images, too
+    np.savez(folder / "torn.npz", mu=np.zeros(4), sigma=np.eye(3))
+    nan = small_vae()
+    nan.decoder.conv_out.bias.data[1] = torch.nan
+    small_vae_checkpoint(folder / "nan", nan)
 
 
 REFUSALS = [  # id, call, exception, key word
@@ -461,6 +491,10 @@ REFUSALS = [  # id, call, exception, key word
     ("samples not there", ["gfid", "shapes", "nowhere.npz"], ValueError, "nowhere.npz"),
     ("damaged npz", ["gfid", "cut.npz", "shapes"], ValueError, "cut.npz"),
     ("statistics as originals", ["rfid", "theirs.npz", "--vae", "none"], ValueError, "theirs.npz"),
+    ("reference as originals", ["rfid", "ADM.npz", "--vae", "none"], ValueError, "ADM.npz.*gfid"),
+    ("no statistics", ["gfid", "torn.npz", "shapes"], ValueError, "torn.npz"),
+    ("black pictures", ["rfid", "small.npy", "--vae", "nan"], ValueError, "not finite"),
+    ("out is a folder", ["stats", "small.npy", "--out", "samples"], ValueError, "--out"),
     ("another network's statistics", ["gfid", "theirs.npz", "shapes"], ValueError, "theirs has inception"),
     ("folder of sample.py", ["gfid", "shapes", "samples"], ValueError, "cfg1.samples.npz"),
     ("images of two sizes", ["gfid", "small.npy", "wide.npy"], ValueError, "image_size"),

@@ -67,7 +67,8 @@ def imports(nodes):
 
 def test_every_file_has_its_place():
     assert {name_of(path) for path in MODULES} == {*EDGES, "shapes.__init__"}
-    assert {path.stem for path in DOCS} == {"README", "results", "weights", "measuring", "differences"}
+    assert {path.stem for path in DOCS} == {
+        "README", "results", "weights", "measuring", "differences", "machines"}
     others = {path.name for path in ROOT.iterdir() if path.suffix in (".sh", ".txt", ".ini")}
     assert others == {"quickstart.sh", "test.sh", "requirements.txt", "requirements-dev.txt", "pytest.ini"}
 

@@ -183,7 +183,7 @@ def test_a_file_may_lack_the_classifier(tmp_path):
     (lambda folder: load_without(folder, "blocks.7.norm1.bias"), ValueError, "blocks.7"),
     (lambda folder: Teacher(DINOV2_S, 4, __file__), ValueError, "not the weights"),
     (lambda folder: Teacher(DINOV2_S, 4, "none.pth"), FileNotFoundError, "--teacher-weights none"),
-    (lambda folder: Teacher(DINOV2_S, 4), FileNotFoundError, "hub"),
+    (lambda folder: Teacher(DINOV2_S, 4), FileNotFoundError, "hub.*shapes --image-size 32 --vae tiny"),
     (lambda folder: Teacher("vit_enormous", 4), ValueError, "no such model"),
     (lambda folder: Teacher("resnet18", 4), ValueError, "no ViT"),
     (lambda folder: Teacher("shapes", 16), ValueError, "4 x 4"),

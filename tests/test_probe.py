@@ -187,6 +187,7 @@ def test_command_compares_vaes_side_by_side(folder, tmp_path, capsys):
     assert "at 16 px: {'train': 600, 'val': 150, 'test': 200}" in text  # the VAEs were trained at 16
     assert report["labels"] == report["args"]["vae"] and report["args"]["image_size"] == 16
     assert json.loads((tmp_path / "probe.json").read_text()) == json.loads(json.dumps(report))
+    assert report["images_hash"][0]["test"] == Shapes(200, 0, "val", 16).images_hash
     cells = {row[0]: row[1:] for row in (line[2:-2].split(" | ") for line in text.splitlines())}
     for i, vae in enumerate(report["vaes"]):
         flat = vae["flat"]
@@ -285,7 +286,8 @@ REFUSALS = [
     ("no positive", lambda _: probe.attribute_scores(*[torch.zeros(4, 1)] * 4, "a"), ValueError, "none of 1"),
     ("no time", command("--vae", "send", "--t", "7"), ValueError, "--t"),
     ("no mapper", command("--vae", "plain", "--mapper"), ValueError, "no mapper"),
-    ("another VAE", command("--vae", "send", "--sit", "other"), ValueError, "VAE"),
+    ("another VAE", command("--vae", "send", "--sit", "other"), ValueError, "of VAE .*, this is"),
+    ("other statistics", command("--sit", "other", "--latent-stats", "1"), ValueError, "--latent-stats"),
     ("no null label", command("--sit", "no_null"), ValueError, "null label")]
 
 

@@ -46,7 +46,6 @@ def parse_args(argv=None):
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--image-size", type=common.positive, default=256, help="pixels; below 64 LPIPS and GAN are off")
     add("--batch-size", type=common.positive, default=32, help="images per step on this device")
-    add("--micro-batch-size", type=common.natural, default=0, help="of vae and sit; 0 = all at once")
     add("--compile", action="store_true", help="torch.compile the networks of vae, sit and sample")
     add("--iters", type=common.positive, default=10, help="timed steps; fewer if they take over 10 s")
     common.add_run_flags(parser)
@@ -62,28 +61,25 @@ def make_step(stage: str, args, proc):
     # What data.LatentFolder knows of latents, and a batch as the loaders make it.
     facts = {"channels": channels, "latent_size": (side, side), "num_classes": 1000,
              "mean": [0.0] * channels, "std": [1.0] * channels}
-    mean, std = torch.zeros(channels), torch.ones(channels)
-    latents = SimpleNamespace(facts=facts, num_classes=1000, mean=mean, std=std)
+    latents = SimpleNamespace(facts=facts, num_classes=1000, mean=torch.zeros(channels),
+                              std=torch.ones(channels))
     images = torch.randint(256, (size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
     batch = {"images": images, "moments": torch.rand(size, 2 * channels, side, side, device=device),
              "labels": torch.randint(1000, (size,), device=device), "rows": torch.arange(size)}
-    micro, _ = common.plan_batch(size, args.micro_batch_size, 1)
-    batches = [{key: value[i:i + micro] for key, value in batch.items()} for i in range(0, size, micro)]
     flags = f"--batch-size {size} --dtype {args.dtype} --teacher {args.teacher}"
     flags += " --teacher-weights random" * (args.teacher != "shapes") + " --compile" * args.compile
 
     if stage == "vae":
         flags += f" --vae {args.vae} --init none --image-size {args.image_size}"
-        flags += f" --bn-group {min(32, micro)}"  # a group is in one micro-batch
         flags += " --lpips-weights random" if args.image_size >= 64 else " --lpips 0 --gan 0"
         run = train_vae.parse_args(flags.split())
         nets = train_vae.build(run, proc)
-        return lambda: train_vae.train_step(nets, batches, 0, run, 1)
+        return lambda: train_vae.train_step(nets, [batch], 0, run, 1)
 
     if stage == "sit":
         run = train_sit.parse_args(f"{flags} --model {args.model} --repa".split())
         nets = train_sit.build(run, latents, proc)
-        return lambda: train_sit.train_step(nets, batches, 0, run, 1)
+        return lambda: train_sit.train_step(nets, [batch], 0, run, 1)
 
     if stage == "encode":
         vae.to(device, memory_format=torch.channels_last)  # as encode.py on CUDA

@@ -87,14 +87,6 @@ def digest(value) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def intact(content) -> dict:
-    """Return a file's content without its digest; ValueError if that is of something else."""
-    content = dict(content)
-    if content.pop("digest", None) not in (None, digest(content)):
-        raise ValueError("its digest is of other content; whoever edits a checkpoint leaves the digest out")
-    return content
-
-
 def keep_for_latents(path) -> None:
     """Mark a checkpoint of ours as needed by latents: more training will not delete it."""
     if re.fullmatch(r"ckpt_\d+\.pt", Path(path).name):
@@ -170,21 +162,11 @@ def check_out(path) -> None:
 
 
 def one_line(read):
-    """Return the reader read(path, ...), made to fail with one line that names the path, whatever is there.
-
-    A decorator. A file from elsewhere may have anything in any place. Our own errors stay, all others
-    become ValueError.
-    """
+    """Return the reader read(path, ...), which data.one_line guards. A decorator."""
     @functools.wraps(read)
-    def reader(path, *args, **kwargs):
-        try:
-            return read(path, *args, **kwargs)
-        except Exception as error:
-            text, own = " ".join(str(error).split()), isinstance(error, (ValueError, FileNotFoundError))
-            if own and Path(path).name in text and not getattr(error, "errno", None):
-                raise
-            raise ValueError(f"{path}: damaged, or not what is wanted here ({type(error).__name__}: "
-                             f"{text[:150]})") from error
+    def reader(path, *args):
+        with data.one_line(path):
+            return read(path, *args)
     return reader
 
 
@@ -198,7 +180,7 @@ class Nothing:
 
 
 # Classes beside the weights: Lightning's callbacks, OmegaConf's configurations, numpy's scalars.
-# torch names those of builtins without their module.
+# Newer releases of torch name those of builtins without their module.
 INERT = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|pathlib|typing)\.[\w.]+|"
                    r"collections\.defaultdict|numpy\.(dtype|_?core\.multiarray\.scalar)|"
                    r"dict|list|tuple|str|int|float|bool")
@@ -215,7 +197,7 @@ def load_tensors(path, mmap: bool):
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
-            name = re.search(r"GLOBAL ([\w.]+)|$", str(error))  # the first that is not allowed
+            name = re.search(r"GLOBAL (?:builtins\.)?([\w.]+)|$", str(error))  # the first that is not allowed
             if not INERT.fullmatch(name[1] or ""):
                 reason = f"it could run code: {name[0]}" if name[0] else "damaged?"
                 raise ValueError(f"{path}: not loaded ({reason}); want a dict of tensors") from error
@@ -242,7 +224,10 @@ def read_file(path) -> dict:
         return {**json.loads(Path(path).read_text())}
     if Path(path).suffix == ".safetensors":
         return load_file(path)
-    return intact({**load_tensors(path, mmap=head.startswith(b"PK"))})  # TypeError unless it is a dict
+    content = {**load_tensors(path, mmap=head.startswith(b"PK"))}  # TypeError unless it is a dict
+    if content.pop("digest", None) not in (None, digest(content)):
+        raise ValueError("its digest is of other content; whoever edits a checkpoint leaves the digest out")
+    return content
 
 
 # what a file holds
@@ -372,16 +357,12 @@ def closest_size(state: dict) -> tuple[vae.VAEConfig, str]:
     return fits[min(fits)]
 
 
-# (diffusers' name, published name); the last four pairs are of diffusers' older files
-DIFFUSERS_NAMES = (
-    (".mid_block.resnets.0.", ".mid.block_1."), (".mid_block.resnets.1.", ".mid.block_2."),
-    (".mid_block.attentions.0.", ".mid.attn_1."), (".down_blocks.", ".down."), (".up_blocks.", ".up."),
-    (".resnets.", ".block."), (".attentions.", ".attn."), (".downsamplers.0.", ".downsample."),
-    (".upsamplers.0.", ".upsample."), (".conv_shortcut.", ".nin_shortcut."), (".group_norm.", ".norm."),
-    (".conv_norm_out.", ".norm_out."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."),
-    (".to_out.0.", ".proj_out."), (".query.", ".q."), (".key.", ".k."), (".value.", ".v."),
-    (".proj_attn.", ".proj_out."),
-)
+# diffusers' name = published name of a part of a key; the last four are of diffusers' older files
+DIFFUSERS_NAMES = tuple(tuple(f".{name}." for name in pair.split("=")) for pair in """
+    mid_block.resnets.0=mid.block_1  mid_block.resnets.1=mid.block_2  mid_block.attentions.0=mid.attn_1
+    down_blocks=down  up_blocks=up  resnets=block  attentions=attn  downsamplers.0=downsample
+    upsamplers.0=upsample  conv_shortcut=nin_shortcut  group_norm=norm  conv_norm_out=norm_out
+    to_q=q  to_k=k  to_v=v  to_out.0=proj_out  query=q  key=k  value=v  proj_attn=proj_out""".split())
 
 
 def from_diffusers(state: dict) -> dict:
@@ -522,16 +503,29 @@ def statistics_of(content: dict) -> tuple[Tensor, Tensor] | None:
     return tuple(torch.as_tensor(part, dtype=torch.float32).flatten().clone() for part in (mean, std))
 
 
-def read_statistics(path, channels: int, vae_hash: str | None = None) -> tuple[Tensor, Tensor]:
+@one_line
+def read_statistics(path, channels: int, vae_hash: str | None = None, content: dict | None = None) -> tuple:
     """Return (mean, std), each (channels,) fp32, of --latent-stats: a file, a folder, or a number.
 
-    Raises ValueError if they do not fit, or are of another VAE than vae_hash (encode.py's say of which).
+    content: the file's, if it was read before. Raises ValueError if there are no statistics in it, if they do
+    not fit, or are of another VAE than vae_hash (encode.py's say of which).
     """
     if re.fullmatch(r"[\d.]+(e-?\d+)?", str(path)) and float(path) > 0:
         return torch.zeros(channels), torch.full((channels,), 1 / float(path))
     for name in ("meta.json", "config.json"):  # of encode.py's folders and diffusers'
         path = Path(path) / name if os.path.isfile(Path(path) / name) else path
-    return checked_statistics(path, read_file(fetch(path)), channels, vae_hash)
+    content = read_file(fetch(path)) if content is None else content
+    found = statistics_of(content)
+    if found is None:
+        raise ValueError(f"{path}: no latent statistics in it; give --latent-stats FILE (for SD-VAE 0.18215)")
+    facts = content["latents"] if content.get("format") == SIT else content
+    theirs = facts.get("vae_hash", vae_hash)  # published files do not say of which VAE they are
+    if vae_hash and theirs != vae_hash:
+        raise ValueError(f"{path}: of VAE {theirs[:12]}, this is {vae_hash[:12]}; --vae {facts.get('vae')}")
+    mean, std = found
+    if not len(mean) == len(std) == channels or not torch.isfinite(mean + std).all() or std.min() <= 0:
+        raise ValueError(f"{path}: {len(mean)} channels, std >= {std.min():g}; want {channels}, and std > 0")
+    return mean, std
 
 
 def statistics_for(sit_path, sit_checkpoint: dict, vae_hash: str, channels: int, latent_stats=None) -> tuple:
@@ -544,26 +538,9 @@ def statistics_for(sit_path, sit_checkpoint: dict, vae_hash: str, channels: int,
         raise ValueError(f"--latent-stats: {sit_path} carries those it was trained with; leave the flag out")
     if latent_stats:
         return *read_statistics(latent_stats, channels, vae_hash), str(latent_stats)
-    return *checked_statistics(sit_path, sit_checkpoint, channels, vae_hash), f"inside {sit_path}"
-
-
-@one_line
-def checked_statistics(path, content: dict, channels: int, vae_hash: str | None) -> tuple[Tensor, Tensor]:
-    """Return the statistics in a file's content; ValueError if there are none, or they are of another VAE."""
-    statistics = statistics_of(content)
-    if statistics is None:
-        raise ValueError(f"{path}: no latent statistics in it; give --latent-stats FILE (for SD-VAE 0.18215)")
-    facts = content["latents"] if content.get("format") == SIT else content
-    theirs = facts.get("vae_hash", vae_hash)  # published files do not say of which VAE they are
-    if vae_hash and theirs != vae_hash:
-        raise ValueError(f"{path}: of VAE {theirs[:12]}, this is {vae_hash[:12]}; --vae {facts.get('vae')}")
-    mean, std = statistics
-    if not len(mean) == len(std) == channels or not torch.isfinite(mean + std).all() or std.min() <= 0:
-        raise ValueError(f"{path}: {len(mean)} channels, std >= {std.min():g}; want {channels}, and std > 0")
-    return mean, std
+    return *read_statistics(sit_path, channels, vae_hash, sit_checkpoint), f"inside {sit_path}"
 
 
 def statistics_hash(mean, std) -> str:
     """Return the sha256 of latent statistics, tensors or lists."""
-    numbers = [torch.as_tensor(part).tolist() for part in (mean, std)]
-    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
+    return data.hash_of([torch.as_tensor(part).tolist() for part in (mean, std)])

@@ -98,10 +98,10 @@ def claim(folder, proc: Proc) -> None:
     """
     if not proc.main:
         return
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = LOCKS.setdefault(str(folder.resolve()), open(folder / ".lock", "w"))
+        lock = LOCKS[folder] = LOCKS.get(folder) or open(folder / ".lock", "w")
         with suppress(ModuleNotFoundError):  # Windows has none: a second run is not noticed there
             import fcntl
             # A record lock: loader workers do not inherit it, so it ends with this process.
@@ -133,15 +133,9 @@ def reducing(module: nn.Module, last: bool):
 
 
 def check_same(module: nn.Module) -> None:
-    """Raise RuntimeError if the processes' parameters have drifted apart (compared by their fp64 sum)."""
-    if not dist.is_initialized():
-        return
-    total = sum(p.detach().double().sum() for p in module.parameters())
-    low, high = total.clone(), total.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    if not torch.equal(low, high):
-        raise RuntimeError(f"parameters differ between processes: sums from {low.item()} to {high.item()}")
+    """Raise ValueError if the processes' parameters have drifted apart (compared by their fp64 sum)."""
+    if dist.is_initialized():
+        agree(parameters=str(sum(p.detach().double().sum() for p in module.parameters()).item()))
 
 
 def print0(*values) -> None:
@@ -171,14 +165,12 @@ def cli(main) -> None:
         code = report_error(RunStopped("interrupted"), 130)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         code = report_error(error, 2)
-    except (RunStopped, OSError, torch.OutOfMemoryError) as error:
-        code = report_error(error, 1)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, (RunStopped, OSError, torch.OutOfMemoryError)):
+            traceback.print_exc()
         code = report_error(error, 1)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code:
+        sys.stdout.flush()
         # At once. Peers may wait for this process in a collective (torchrun ends them when it is gone), and
         # loader workers, which ignore SIGTERM, would be waited for.
         os._exit(code)
@@ -195,7 +187,7 @@ def report_error(error: Exception, code: int) -> int:
         text = f"{text.partition('. ')[0]}; try a smaller --micro-batch-size or --batch-size"
     for bar in list(tqdm._instances):
         bar.close()  # or it would be drawn once more, below the error
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {text}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own report ends with what is in there
         line = {"message": f"error: {text}", "timestamp": int(time.time())}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(line))
@@ -242,18 +234,16 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
     add("--dry-run", action="store_true", help="print configuration, sizes and batches, then leave")
 
 
+def natural(text: str, least: int = 0) -> int:
+    """argparse type: an integer of at least 0."""
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}, want {least} or more")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}, want 1 or more")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """argparse type: an integer of at least 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text}, want 0 or more")
-    return int(text)
+    return natural(text, 1)
 
 
 def print_config(args) -> None:

@@ -55,10 +55,6 @@ LATENTS_FORMAT = "nanosendvae-latents"
 # Latents that differ in one of these must not share a folder.
 IDENTITY = ("vae_hash", "images_hash", "num_images", "image_size", "channels", "latent_size", "shard_size",
             "dtype", "precision")
-# What meta.json must say: key -> one of these, or values like this one (see `fits`).
-META = {"format": (LATENTS_FORMAT,), "dtype": ("float32", "float16"), "num_images": 1, "image_size": 1,
-        "channels": 1, "latent_size": [1], "shard_size": 1, "num_classes": 1, "class_names": [""], "vae": "",
-        "vae_hash": "", "data": "", "mean": [-1e18], "std": [0.0]}
 PLAUSIBLE = 5e4  # moments are far below; a flipped bit of an exponent is mostly far above
 OPEN_SHARDS = 128  # each holds a file handle, of which macOS gives a process 256
 
@@ -142,7 +138,7 @@ def load_image(path, opened=None):
                     image = image.convert("RGBA")
                 return image.convert("RGB")
     except Exception as error:  # on damaged files Pillow raises anything, IndexError and MemoryError too
-        reason = one_line(getattr(error, "strerror", None) or error).split(" <")[0]
+        reason = text_of(getattr(error, "strerror", None) or error).split(" <")[0]
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {reason})") from error
 
 
@@ -157,7 +153,7 @@ def to_uint8(x: Tensor) -> Tensor:
     Raises ValueError for what is no number, which would become a black pixel.
     """
     if not x.isfinite().all():
-        raise ValueError("the decoder made pixels that are not finite; check the weights, or try --dtype fp32")
+        raise ValueError("the decoder made pixels that are not finite; check the weights and the precision")
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -183,10 +179,11 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        free, done = shutil.disk_usage(path.parent).free >> 20, temporary.stat().st_size >> 20
-        reason = (getattr(error, "strerror", None) or str(error)).split("\n")[0]
-        raise OSError(f"{path}: not written ({reason}): {free} MiB free on its disk, more than {done} MiB "
-                      f"wanted; what was there before is kept") from error
+        free = shutil.disk_usage(path.parent).free
+        done = temporary.stat().st_size if temporary.exists() else 0
+        reason = "the disk is full" if free < 2**20 else str(error).split("\n")[0]
+        raise OSError(f"{path}: not written ({reason}): {free >> 20} MiB free on its disk, more than "
+                      f"{done >> 20} MiB wanted; what was there before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -213,7 +210,7 @@ def save_npz(path, images: np.ndarray, labels) -> None:
 
 # where pictures lie
 
-def one_line(error) -> str:
+def text_of(error) -> str:
     """Return the text of another library's error without its line ends, shortened."""
     return " ".join(str(error).split())[:300]
 
@@ -310,7 +307,7 @@ def list_archive(path: Path, inner: tuple) -> list[tuple]:
                 why = next((why for why in whys if why is not None), "links" if link else None)
                 found["/".join((*folders, file))] = size, where, why
     except Exception as error:  # Python's readers raise anything on damaged archives
-        raise ValueError(f"{path}: not a .zip or plain .tar that can be read ({one_line(error)}); unpack it, "
+        raise ValueError(f"{path}: not a .zip or plain .tar that can be read ({text_of(error)}); unpack it, "
                          "or make a .zip of the pictures") from error
     return [(name, *rest) for name, rest in found.items()]
 
@@ -403,7 +400,7 @@ class ImageFiles:
             if len(table) < len(pairs) or not all(type(k) is int and 0 <= k < 2**20 for k in table.values()):
                 raise ValueError("a name comes twice, or a label is no class number")
         except Exception as error:  # no JSON, another format, or nested too deeply
-            raise ValueError(f"{file}: {one_line(error)}; want {want}; mend it, or remove it") from error
+            raise ValueError(f"{file}: {text_of(error)}; want {want}; mend it, or remove it") from error
         names = {*self.names.tolist()} if table else set()
         for fault, some in (("names without an image", table.keys() - names),
                             ("images are not in it", names - table.keys())):
@@ -594,12 +591,13 @@ class ArrayImages:
                 self.images, labels = map_member(path, "arr_0"), file.get("arr_1")
             else:
                 raise ValueError(f"it has {', '.join(file.files)}, want images: arr_0, as of sample.py --npz")
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not a whole npz or npy file of images ({error})") from error
+            labels = None if labels is None else np.asarray(labels).astype(np.int64)
+        except Exception as error:  # a damaged file makes zipfile and numpy raise many types
+            raise ValueError(f"{path}: not a whole npz or npy file of images ({text_of(error)})") from error
         shape, dtype = tuple(self.images.shape), self.images.dtype
         if len(shape) != 4 or dtype != np.uint8 or shape[3] != 3:
             raise ValueError(f"{path}: images are {dtype} {shape}; want uint8 (N, H, W, 3)")
-        self.labels = np.full(shape[0], -1) if labels is None else np.asarray(labels).astype(np.int64)
+        self.labels = np.full(shape[0], -1) if labels is None else labels
         if self.labels.shape != shape[:1]:
             raise ValueError(f"{path}: {shape[0]} images, but labels arr_1 {self.labels.shape}")
         self.image_size, self.name = shape[1], Path(path).stem
@@ -758,29 +756,31 @@ def fit_statistics(z: Tensor, mean: Tensor, std: Tensor) -> list[Tensor]:
     return [s.to(z.device, torch.float32)[:, None, None] for s in (mean, std)]
 
 
-def fits(value, like) -> bool:
-    """Tell whether a value from a .json file is like an example: text, a number >= it, a list of these.
+@contextlib.contextmanager
+def one_line(path, advice: str = "download or make it again"):
+    """Turn whatever goes wrong while `path` is read into a ValueError of one line that names it.
 
-    A tuple lists all values that are allowed.
+    A file from elsewhere may have anything in any place. Our own errors that name it stay as they are.
     """
-    if isinstance(like, tuple):
-        return value in like
-    if isinstance(like, list):
-        return isinstance(value, list) and all(fits(item, like[0]) for item in value)
-    return type(value) is type(like) and (isinstance(like, str) or like <= value < 1e18)
-
-
-def read_facts(file, rules: dict, advice: str = "run encode.py again") -> dict:
-    """Return the dict in a .json file; ValueError if it is damaged, or a value does not fit rules[key]."""
     try:
+        yield
+    except Exception as error:
+        own = isinstance(error, (ValueError, FileNotFoundError)) and not getattr(error, "errno", None)
+        if own and Path(path).name in str(error):
+            raise
+        raise ValueError(f"{path}: missing, damaged, or not what is wanted here ({type(error).__name__}: "
+                         f"{text_of(error)[:150]}); {advice}") from error
+
+
+def read_facts(file, wanted: dict, advice: str = "run encode.py again") -> dict:
+    """Return the dict in a .json file; ValueError if it is damaged, or has other values than those wanted."""
+    with one_line(file, advice):
         facts = {**json.loads(Path(file).read_bytes())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: missing or damaged ({type(error).__name__}: {error}); {advice}") from error
-    for key, like in rules.items():
-        if not fits(facts.get(key), like):
-            seen = str(facts.get(key))[:80]
-            raise ValueError(f"{file}: {key} is {seen}, want a value such as {like}; {advice}")
-    return facts
+        wrong = [f"{key} {str(facts.get(key))[:40]}, not {str(value)[:40]}" for key, value in wanted.items()
+                 if facts.get(key) != value]
+        if wrong:
+            raise ValueError(f"{file} is of {'; '.join(wrong[:3])}; {advice}")
+        return facts
 
 
 def write_facts(file, facts: dict) -> None:
@@ -796,14 +796,11 @@ def hash_of(facts) -> str:
 
 def map_array(file, dtype: str, shape: tuple):
     """Map a .npy file into memory; ValueError if it is missing, damaged, or of another type or shape."""
-    try:
+    with one_line(file, "run encode.py again"):
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # for a damaged header numpy raises many types
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} is missing or truncated ({reason}); run encode.py again") from error
-    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValueError(f"{file} has {array.dtype} {array.shape}, want {dtype} {shape}; encode again")
-    return array
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"{array.dtype} {array.shape}, want {dtype} {shape}")
+        return array
 
 
 def plausible(moments: np.ndarray) -> np.ndarray:
@@ -814,7 +811,8 @@ def plausible(moments: np.ndarray) -> np.ndarray:
 class Shards:
     """The files of a long work on many images: shard s is of the images s * shard_size and on.
 
-    facts: num_images, shard_size; of latents what meta.json says (see LatentWriter).
+    facts: num_images, shard_size; of latents what meta.json says (see LatentWriter). What writes them has
+    read(shard, check), which raises ValueError if a shard is not whole.
     """
     name = "moments"
 
@@ -836,6 +834,18 @@ class Shards:
     def open_shard(self, shard: int):
         """Return the mapped array of a shard; ValueError if it is not whole."""
         return map_array(self.file_of(shard), self.facts["dtype"], self.shape_of(shard))
+
+    def missing(self, check: bool = False) -> list[int]:
+        """Return the shards that are not there, whole; check: read them to the end, name what is damaged."""
+        missing = []
+        for shard in range(self.num_shards):
+            try:
+                self.read(shard, check)
+            except ValueError as error:
+                missing.append(shard)
+                if check:
+                    note(error)
+        return missing
 
     def hash_latents(self, labels) -> str:
         """Return the sha256 that says which latents these are, wherever they and their images are."""
@@ -859,60 +869,43 @@ class LatentWriter(Shards):
 
     def __init__(self, path, facts: dict):
         super().__init__(path, {"format": LATENTS_FORMAT, **facts, "latent_size": list(facts["latent_size"])})
-        files = [self.path / "meta.json", *(self.file_of(shard, "json") for shard in range(self.num_shards))]
-        for file in filter(Path.is_file, files):
+        identity = {key: self.facts[key] for key in IDENTITY}
+        for file in (self.path / "meta.json", *self.path.glob("moments-*.json")):
             try:
-                there, ours = read_facts(file, {}), self.facts
-            except ValueError:  # damaged: it will be written anew
+                there = read_facts(file, {})
+            except ValueError:  # missing or damaged: it will be written
                 continue
-            for key in IDENTITY:
-                if there.get(key) != ours[key]:
-                    seen, wanted = str(there.get(key, "unknown"))[:12], str(ours[key])[:12]
-                    raise ValueError(
-                        f"{file} is of {key} {seen} (VAE {there.get('vae')}, data {there.get('data')}), this "
-                        f"run {wanted} (VAE {ours['vae']}, data {ours['data']}); choose another folder, or "
-                        f"remove that one")
+            theirs = f"VAE {there.get('vae')}, data {there.get('data')}"
+            read_facts(file, identity, f"it has {theirs}; choose another folder, or remove that one")
 
-    def read_record(self, shard: int) -> dict:
-        """Return what the .json of a shard says; ValueError if it is damaged."""
-        record = read_facts(self.file_of(shard, "json"), {})
-        if record.pop("sha256", None) != hash_of(record):
-            raise ValueError(f"{self.file_of(shard, 'json')}: damaged; run encode.py again")
+    def read(self, shard: int, check: bool = False) -> dict:
+        """Return what the .json of a shard says; ValueError if it is damaged, or the array not whole.
+
+        check: also compare the array's numbers with those that were written.
+        """
+        array, record = self.open_shard(shard), read_facts(self.file_of(shard, "json"), {})
+        intact = record.pop("record_sha256", None) == hash_of(record)
+        if not intact or check and record["moments_sha256"] != hashlib.sha256(array).hexdigest():
+            raise ValueError(f"{self.file_of(shard)} or its .json is not what was written; encoded again")
         return record
-
-    def missing(self, check: bool = False) -> list[int]:
-        """Return the shards that are not there, whole, with .json; check: read all, name what is damaged."""
-        return [shard for shard in range(self.num_shards) if not self.is_complete(shard, check)]
-
-    def is_complete(self, shard: int, check: bool) -> bool:
-        try:
-            array, record = self.open_shard(shard), self.read_record(shard)
-            if check and record["moments_sha256"] != hashlib.sha256(array).hexdigest():
-                raise ValueError(f"{self.file_of(shard)}: not what was written; encoded again")
-        except ValueError as error:
-            if check:
-                note(error)
-            return False
-        return True
 
     def write(self, shard: int, moments: Tensor, labels: Tensor, corrupt=()) -> None:
         """Store a shard: moments (n, 2C, h, w), labels (n,) and the numbers of the corrupt images."""
         array = moments.cpu().numpy().astype(self.facts["dtype"])
-        if array.shape != self.shape_of(shard) or len(labels) != len(array):
+        if array.shape != self.shape_of(shard):
             raise ValueError(f"shard {shard}: moments {array.shape}, want {self.shape_of(shard)}")
         if not plausible(array).all():
             raise ValueError(f"shard {shard}: moments are not finite, or not below {PLAUSIBLE:g}; check the "
                              f"VAE, or try --dtype fp32")
-        mean, std = np.split(array, 2, axis=1)
+        squares = np.einsum("nchw,nchw->c", array, array, dtype=np.float64)
         record = {key: self.facts[key] for key in (*IDENTITY, "vae", "data")} | {
-            "mean": mean.sum((0, 2, 3), dtype=np.float64).tolist(),
-            "mean2": np.einsum("nchw,nchw->c", mean, mean, dtype=np.float64).tolist(),
-            "std2": np.einsum("nchw,nchw->c", std, std, dtype=np.float64).tolist(),
+            "sum": array[:, :self.facts["channels"]].sum((0, 2, 3), dtype=np.float64).tolist(),
+            "squares": squares.reshape(2, -1).sum(0).tolist(),  # mean^2 + std^2
             "moments_sha256": hashlib.sha256(array).hexdigest(),
             "labels": labels.tolist(), "corrupt": list(corrupt)}
         with replacing(self.file_of(shard)) as file:
             np.save(file, array)
-        write_facts(self.file_of(shard, "json"), {**record, "sha256": hash_of(record)})
+        write_facts(self.file_of(shard, "json"), {**record, "record_sha256": hash_of(record)})
 
     def finish(self) -> dict:
         """Write labels.npy and, last, meta.json with the statistics of z; return the facts in it.
@@ -923,7 +916,7 @@ class LatentWriter(Shards):
         missing, facts = self.missing(), self.facts
         if missing:
             raise ValueError(f"{self.path}: shards {missing} are missing; run encode.py again")
-        parts = [self.read_record(shard) for shard in range(self.num_shards)]
+        parts = [self.read(shard) for shard in range(self.num_shards)]
         corrupt = sum(len(part["corrupt"]) for part in parts)
         if corrupt:
             note(f"{corrupt} of {facts['num_images']} images are corrupt, the next ones replace them")
@@ -931,9 +924,8 @@ class LatentWriter(Shards):
             raise ValueError(f"{corrupt} of {facts['num_images']} images are corrupt, want 1 % or less; mend "
                              f"or remove them, remove {self.path}, and encode again")
         count = facts["num_images"] * np.prod(facts["latent_size"])
-        mean, mean2, std2 = (np.sum([part[key] for part in parts], axis=0) / count
-                             for key in ("mean", "mean2", "std2"))
-        std, labels = np.sqrt(mean2 - mean ** 2 + std2), np.concatenate([part["labels"] for part in parts])
+        mean, squares = (np.sum([part[key] for part in parts], axis=0) / count for key in ("sum", "squares"))
+        std, labels = np.sqrt(squares - mean ** 2), np.concatenate([part["labels"] for part in parts])
         with replacing(self.path / "labels.npy") as file:
             np.save(file, labels)
         facts |= {"mean": mean.tolist(), "std": std.tolist(), "count": int(count), "corrupt": corrupt,
@@ -952,26 +944,28 @@ class LatentFolder(Shards):
     on_disk = True
 
     def __init__(self, path):
-        file = Path(path) / "meta.json"
+        path, file = Path(path), Path(path) / "meta.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; want --latents DIR that encode.py has finished")
-        super().__init__(path, read_facts(file, META))
-        facts, self.shard = self.facts, functools.lru_cache(OPEN_SHARDS)(self.open_shard)
-        for shard in range(self.num_shards):
-            self.open_shard(shard)
-        self.labels = np.array(map_array(self.path / "labels.npy", "int64", (facts["num_images"],)))
-        self.mean, self.std = torch.tensor(facts["mean"]), torch.tensor(facts["std"])
-        if not len(self.mean) == len(self.std) == facts["channels"] or self.std.min() <= 0:
-            raise ValueError(f"{file}: std {facts['std']}, want {facts['channels']} numbers > 0; check the "
-                             f"VAE and encode again")
-        self.num_classes, self.class_names = facts["num_classes"], facts["class_names"]
-        self.image_size = facts["image_size"]
-        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
-            raise ValueError(f"{path}: labels {self.labels.min()} to {self.labels.max()}, want 0 to "
-                             f"{self.num_classes - 1}; remove the folder and encode again")
-        # Folders of older versions have none.
-        if facts.get("latents_hash") not in (None, self.hash_latents(self.labels)):
-            raise ValueError(f"{file} or labels.npy beside it is damaged; run encode.py again")
+        with one_line(path, "its meta.json is damaged; run encode.py again"):
+            facts = read_facts(file, {"format": LATENTS_FORMAT})
+            facts |= {key: str(facts[key]) for key in ("vae", "vae_hash", "data")}
+            facts |= {"image_size": int(facts["image_size"]), "num_classes": len(facts["class_names"])}
+            super().__init__(path, facts)
+            self.shard = functools.lru_cache(OPEN_SHARDS)(self.open_shard)
+            for shard in range(self.num_shards):
+                self.open_shard(shard)
+            self.labels = np.array(map_array(path / "labels.npy", "int64", (facts["num_images"],)))
+            self.mean, self.std = torch.tensor(facts["mean"]), torch.tensor(facts["std"])
+            self.image_size, self.class_names = facts["image_size"], facts["class_names"]
+            self.num_classes, low, high = facts["num_classes"], self.labels.min(), self.labels.max()
+            fits = len(self.mean) == len(self.std) == facts["channels"] and self.std.min() > 0
+            if not fits or low < 0 or high >= self.num_classes:
+                raise ValueError(f"{file}: labels {low} to {high}, want 0 to {self.num_classes - 1}; std "
+                                 f"{facts['std']}, want {facts['channels']} > 0; check the VAE, encode again")
+            # Folders of older versions have no hash.
+            if facts.get("latents_hash") not in (None, self.hash_latents(self.labels)):
+                raise ValueError(f"{file} or labels.npy beside it is damaged; run encode.py again")
 
     def __len__(self):
         return len(self.labels)
@@ -1029,42 +1023,35 @@ class Parts(Shards):
         """
         file = self.path / "settings.json"
         if file.is_file():
-            there = read_facts(file, {}, f"remove {self.path}")
-            wrong = [f"{key} {str(there.get(key))[:40]}, not {str(settings[key])[:40]}" for key in settings
-                     if there.get(key) != settings[key]]
-            if wrong:
-                raise ValueError(f"{self.path} is of an unfinished command with {'; '.join(wrong[:3])}. "
-                                 f"Finish that one, give another --out, or remove {self.path}")
+            read_facts(file, settings, f"finish that command, give another --out, or remove {self.path}")
         else:
             shutil.rmtree(self.path, ignore_errors=True)  # nobody knows what such parts are
             write_facts(file, settings)
-        return [part for part in range(self.num_shards) if not self.is_complete(part)]
-
-    def is_complete(self, part: int) -> bool:
-        try:
-            # Reading compares the zip's checksum.
-            return len(self.read(part)["images"]) == len(self.images_of(part))
-        except Exception:  # for a damaged zip numpy raises many types
-            return False
+        return self.missing()
 
     def write(self, part: int, images: np.ndarray, labels: np.ndarray) -> None:
         """Store uint8 images (n, H, W, 3) and labels (n,) of a part."""
-        with replacing(self.file_of(part, "npz")) as file:
-            np.savez(file, images=images, labels=labels)
+        save_npz(self.file_of(part, "npz"), images, labels)
 
-    def read(self, part: int):
-        """Return the npz file of a part."""
-        return np.load(self.file_of(part, "npz"), allow_pickle=False)
+    def read(self, part: int, check: bool = False):
+        """Return (images, labels) of a part; ValueError if it is not whole, by the checksums of its zip."""
+        file = self.file_of(part, "npz")
+        with one_line(file), np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["arr_0"], arrays["arr_1"]
+            if len(images) != len(self.images_of(part)):
+                raise ValueError(f"{len(images)} images, want {len(self.images_of(part))}")
+            return images, labels
 
     def save_npz(self, path) -> None:
         """Write what `save_npz` writes, of all parts."""
-        labels = np.concatenate([self.read(part)["labels"] for part in range(self.num_shards)])
-        shape = len(labels), *self.read(0)["images"].shape[1:]
+        shape, labels = (self.facts["num_images"], *self.read(0)[0].shape[1:]), []
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for part in range(self.num_shards):
-                    member.write(self.read(part)["images"].tobytes())
+                    images, its_labels = self.read(part)
+                    member.write(images.tobytes())
+                    labels.append(its_labels)
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, labels)
+                np.lib.format.write_array(member, np.concatenate(labels))

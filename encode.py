@@ -21,16 +21,14 @@ def parse_args(argv=None):
     add("--data", default=data.DEFAULT_DATA, help="folder of class folders, flat folder, or 'shapes'")
     add("--split", default="train", choices=("train", "val"),
         help="val: of 'shapes', or the folder 'val' beside a --data 'train' (for train_sit.py --val-latents)")
-    add("--vae", default="out/vae",
-        help="checkpoint, folder (newest of ours, or diffusers'), or hf://owner/repo/file")
+    add("--vae", default="out/vae", help="file, folder (our newest, or diffusers'), or hf://owner/repo/file")
     add("--image-size", type=positive, default=None,
         help="pixels; default: what the VAE was trained on, else 256, or 32 for 'shapes'")
     add("--batch-size", type=positive, default=64, help="images per forward and device")
     add("--shard-size", type=positive, default=8192, help="images per file")
     add("--store", default="float32", choices=("float32", "float16"), help="type on disk")
     add("--workers", type=natural, default=8, help="processes that read images, per device")
-    add("--check", action="store_true",
-        help="also read the shards that are there, and make again what is not as it was written")
+    add("--check", action="store_true", help="also read the shards that are there; make damaged ones again")
     add("--dry-run", action="store_true", help="print configuration and size on disk, then leave")
     common.add_run_flags(parser, out="latents")
     parser.set_defaults(dtype="fp32")  # as REPA-E caches: latents are made once and used for a million steps
@@ -73,10 +71,9 @@ def main(argv=None):
         return None
 
     # What the latents are of: another VAE or other images must not get into the same folder.
-    facts = {"vae": path, "vae_hash": checkpoints.state_hash(vae.state_dict()),
-             "data": args.data, "split": args.split, "images_hash": dataset.images_hash,
-             "num_images": len(dataset), "image_size": size,
-             "num_classes": dataset.num_classes, "class_names": list(dataset.class_names),
+    facts = {"vae": path, "vae_hash": checkpoints.state_hash(vae.state_dict()), "data": args.data,
+             "split": args.split, "images_hash": dataset.images_hash, "num_images": len(dataset),
+             "image_size": size, "num_classes": dataset.num_classes, "class_names": list(dataset.class_names),
              "channels": channels, "latent_size": (side, side), "shard_size": args.shard_size,
              "dtype": args.store, "precision": str(dtype)[6:], "versions": common.versions()}
     common.agree(vae_hash=facts["vae_hash"], images_hash=facts["images_hash"])
@@ -90,8 +87,7 @@ def main(argv=None):
     missing = common.share_out(writer.missing(args.check) if proc.main else [], proc)
     for shard in common.progress_bar(missing, proc, "encode, shards"):
         moments, labels, corrupt = [], [], []
-        for batch in data.eval_loader(dataset, args.batch_size, workers=args.workers,
-                                      indices=writer.images_of(shard)):
+        for batch in data.eval_loader(dataset, args.batch_size, None, args.workers, writer.images_of(shard)):
             moments.append(encode_batch(vae, batch["images"].to(proc.device, non_blocking=True), dtype))
             labels.append(batch["labels"])
             # Another image was read in place of each that is corrupt.

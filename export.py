@@ -13,7 +13,6 @@
 Statistics come from --latent-stats, or from inside the file that is read. Beside a single file they are
 written to <name>-latents-stats.pt, as REPA-E has it. checkpoints.py reads all of these layouts back.
 """
-import json
 from pathlib import Path
 
 import torch
@@ -46,8 +45,8 @@ def diffusers_config(cfg: VAEConfig, statistics: tuple | None) -> dict:
         mean, std = (part.tolist() for part in statistics)
         if not any(mean) and len(set(std)) == 1:  # one number: where diffusers' pipelines look for it
             scale, mean, std = 1 / std[0], None, None
-    widths = [width for width, _ in level_shapes(cfg)]
-    blocks = ["Attn" if has_attn else "" for _, has_attn in level_shapes(cfg)]
+    widths, attention = zip(*level_shapes(cfg))
+    blocks = ["Attn" * has_attn for has_attn in attention]
     return {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "sample_size": cfg.resolution,
         "in_channels": cfg.in_channels, "out_channels": cfg.in_channels, "latent_channels": cfg.z_channels,
@@ -57,41 +56,40 @@ def diffusers_config(cfg: VAEConfig, statistics: tuple | None) -> dict:
         "norm_num_groups": cfg.norm_groups, "scaling_factor": scale, "latents_mean": mean, "latents_std": std}
 
 
-def export_vae(to: str, path, out, latent_stats=None) -> tuple | None:
-    """Write the VAE at `path` to `out`, a folder for "diffusers", else a file. Return its statistics."""
-    path = checkpoints.resolve(path)
+def export_vae(args) -> tuple | None:
+    """Write the VAE of --vae to --out, a folder for "diffusers", else a file. Return its statistics."""
+    path = checkpoints.resolve(args.vae)
     vae = checkpoints.load_vae(path)
     state, channels = vae.state_dict(), vae.post_quant_conv.in_channels
     statistics = checkpoints.statistics_of(checkpoints.read_file(checkpoints.fetch(path)))
-    if latent_stats:
-        statistics = checkpoints.read_statistics(latent_stats, channels, checkpoints.state_hash(state))
-    if to != "diffusers":
-        checkpoints.save_file(out, state)
+    if args.latent_stats:
+        statistics = checkpoints.read_statistics(args.latent_stats, channels, checkpoints.state_hash(state))
+    if args.to != "diffusers":
+        checkpoints.save_file(args.out, state)
         return statistics
     config = diffusers_config(vae.config, statistics)
-    checkpoints.save_file(Path(out) / checkpoints.DIFFUSERS_FILES[0], to_diffusers(state))
-    with data.replacing(Path(out) / "config.json") as file:
-        file.write(json.dumps(config, indent=1).encode())
+    checkpoints.save_file(Path(args.out) / checkpoints.DIFFUSERS_FILES[0], to_diffusers(state))
+    data.write_facts(Path(args.out) / "config.json", config)
     return statistics
 
 
-def export_sit(to: str, path, out, latent_stats=None, weights: str = "ema") -> tuple | None:
-    """Write the SiT at `path` to the file `out`. Return the statistics of its latents, or None.
+def export_sit(args) -> tuple | None:
+    """Write the SiT of --ckpt to the file --out. Return the statistics of its latents, or None.
 
     Raises ValueError for weights of reversed time, which would load there and sample noise.
     """
-    sit, content = checkpoints.read_sit(path, weights)
+    sit, content = checkpoints.read_sit(args.ckpt, args.weights)
     if sit.config.learn_sigma or sit.config.reversed_time:
-        raise ValueError(f"{path}: willisma's SiT (learn_sigma, t = 0 is noise) cannot become one of REPA's")
+        raise ValueError(f"{args.ckpt}: willisma's SiT (learn_sigma, t = 0 is noise) cannot become REPA's")
     state, statistics = sit.state_dict(), checkpoints.statistics_of(content)
-    if latent_stats:
-        statistics = checkpoints.read_statistics(latent_stats, sit.config.in_channels)
-    if to == "repa-e":
+    if args.latent_stats:
+        statistics = checkpoints.read_statistics(args.latent_stats, sit.config.in_channels)
+    if args.to == "repa-e":
         if statistics is None:
-            raise ValueError(f"{path}: no latent statistics for the BatchNorm; give --latent-stats")
+            raise ValueError(f"{args.ckpt}: no latent statistics for the BatchNorm; give --latent-stats")
         state["bn.running_mean"], state["bn.running_var"] = statistics[0], statistics[1].square()
         state["bn.num_batches_tracked"] = torch.tensor(content.get("step", 0))
-    checkpoints.save_file(out, {"ema": state})
+    checkpoints.save_file(args.out, {"ema": state})
     return statistics
 
 
@@ -109,10 +107,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.to in ("repa", "repa-e"):
-        statistics = export_sit(args.to, args.ckpt, args.out, args.latent_stats, args.weights)
-    else:
-        statistics = export_vae(args.to, args.vae, args.out, args.latent_stats)
+    statistics = export_sit(args) if args.to in ("repa", "repa-e") else export_vae(args)
     if statistics is not None and args.to != "diffusers":  # z' = (z - latents_bias) * latents_scale
         mean, std = (part.view(1, -1, 1, 1) for part in statistics)
         beside = Path(args.out).with_name(f"{Path(args.out).stem}-latents-stats.pt")

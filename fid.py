@@ -35,6 +35,7 @@ from losses import LPIPS
 
 MAX_KEPT = 10_000  # images of a reference whose features are kept: as many as ADM's files hold
 BLOCK = 512  # images whose distances to all others are in memory at once: to 50,000 others 200 MB
+MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # their names in files
 LOW_PSNR = 22  # dB; published f16d32 have 27.6 to 28.6 on ImageNet (Send-VAE, Table 7)
 
 
@@ -57,7 +58,7 @@ class FeatureStats:
     def update(self, outputs: dict) -> None:
         """Add a batch of features (B, D) and, for sFID, spatial (B, D')."""
         self.n += len(outputs["features"])
-        for name in ("features", "spatial"):
+        for name in MOMENTS:
             if name in outputs:
                 x = outputs[name].detach()
                 x = (x.cpu() if x.is_mps else x).double()  # MPS has no fp64
@@ -98,9 +99,8 @@ class FeatureStats:
     def save(self, path) -> None:
         """Write mu, sigma (mu_s, sigma_s), features, n, meta as npz; pytorch-fid and ADM's tools read it."""
         arrays = {"n": self.n, "meta": json.dumps(self.meta)}
-        arrays["mu"], arrays["sigma"] = self.moments["features"]
-        if "spatial" in self.moments:
-            arrays["mu_s"], arrays["sigma_s"] = self.moments["spatial"]
+        for name, moments in self.moments.items():
+            arrays |= zip(MOMENTS[name], moments)
         if "features" in self.kept:
             arrays["features"] = self.kept["features"].numpy()
         with data.replacing(path) as file:
@@ -113,9 +113,8 @@ class FeatureStats:
         arrays = np.load(path, allow_pickle=False)
         stats = FeatureStats({"name": Path(path).stem, "dimensions": len(arrays["mu"])})
         stats.n = int(arrays["n"]) if "n" in arrays else None  # ADM's does not say
-        stats.moments["features"] = arrays["mu"], arrays["sigma"]
+        stats.moments = {name: (arrays[a], arrays[b]) for name, (a, b) in MOMENTS.items() if a in arrays}
         if "mu_s" in arrays:
-            stats.moments["spatial"] = arrays["mu_s"], arrays["sigma_s"]
             stats.meta |= {"extractor": "inception", "resize": "tf1"}  # ADM's, unless "meta" says otherwise
         if "meta" in arrays:
             stats.meta |= json.loads(str(arrays["meta"]))
@@ -409,13 +408,6 @@ def show(title: str, numbers: dict) -> None:
         print(f"  {key:<22}{value:.7g}")
 
 
-def write_protocol(result: dict, args) -> None:
-    """Write the numbers, and all that they depend on, to args.out."""
-    with data.replacing(args.out) as file:
-        protocol = {**result, "args": vars(args), "versions": common.versions()}
-        file.write((json.dumps(protocol, indent=1) + "\n").encode())
-
-
 def run_gfid(args, extractor, proc) -> dict:
     """Compare each set with the reference, print the numbers and write them; {} on all ranks but 0."""
     device = "cuda" if proc.device.type == "cuda" else "cpu"  # MPS has no fp64
@@ -449,7 +441,7 @@ def run_gfid(args, extractor, proc) -> dict:
     if not proc.main:
         return {}
     result = {"sets": sets, "reference": {**reference.meta, "n": reference.n}}
-    write_protocol(result, args)
+    data.write_facts(args.out, {**result, "args": vars(args), "versions": common.versions()})
     if args.train:
         path = Path(args.out).with_suffix(".png")
         data.save_grid(path, torch.cat(pictures), columns=5, scale=max(1, 64 // train_set.image_size))
@@ -472,7 +464,7 @@ def run_rfid(args, extractor, proc) -> dict:
         return {}
     show(f"r{extractor.label}-{result['n']} vs originals of {meta['name']}, split {meta['split']}", result)
     result |= {"reference": meta, "vae_hash": checkpoints.state_hash(vae.state_dict())}
-    write_protocol(result, args)
+    data.write_facts(args.out, {**result, "args": vars(args), "versions": common.versions()})
     if result["psnr_db"] < LOW_PSNR:
         print(f"verdict: below {LOW_PSNR} dB samples cannot look like these images, whatever generator is "
               f"trained; fine-tune this VAE on images of their kind (train_vae.py --init {args.vae})")

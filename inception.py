@@ -46,8 +46,8 @@ class FIDInception(nn.Module):
         super().__init__()
         from timm.models.inception_v3 import InceptionV3  # takes seconds to import
         net, self.resize = InceptionV3(num_classes=1008), resize
-        names = [name for name, _ in net.named_children()]  # in the order in which images pass them
-        self.layers = [name for name in names if name.startswith(("Conv", "Pool", "Mixed"))]
+        # in the order in which images pass them
+        self.layers = [name for name, _ in net.named_children() if name.startswith(("Conv", "Pool", "Mixed"))]
         for name in (*self.layers, "fc"):
             self.add_module(name, getattr(net, name))
 
@@ -64,10 +64,8 @@ class FIDInception(nn.Module):
             layer, before = getattr(self, name), x
             x = layer(x)
             if hasattr(layer, "branch_pool"):  # the last channels come from timm's pooling: replace them
-                if name == "Mixed_7c":
-                    pooled = F.max_pool2d(before, 3, 1, 1)
-                else:
-                    pooled = F.avg_pool2d(before, 3, 1, 1, count_include_pad=False)
+                pooled = (F.max_pool2d(before, 3, 1, 1) if name == "Mixed_7c" else
+                          F.avg_pool2d(before, 3, 1, 1, count_include_pad=False))
                 branch = layer.branch_pool(pooled)
                 x = torch.cat([x[:, :-branch.shape[1]], branch], dim=1)
             yield name, x

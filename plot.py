@@ -6,7 +6,6 @@
 import json
 from pathlib import Path
 
-import checkpoints
 import common
 import data
 
@@ -25,16 +24,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-@checkpoints.one_line
 def read_curve(log, key: str) -> dict[int, float]:
     """Return {step: value} of one name in a log.jsonl, by rising step.
 
     Of a step that was logged twice, because a run was continued, the last value counts. Values that are not
     finite are left out: the log has them as text. So is a last line that a crash has torn.
     """
-    rows = [json.loads(line) for line in Path(log).read_text().splitlines() if line.endswith("}")]
-    values = {row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))}
-    return dict(sorted(values.items()))
+    with data.one_line(log):
+        rows = [json.loads(line) for line in Path(log).read_text().splitlines() if line.endswith("}")]
+        values = {row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))}
+        return dict(sorted(values.items()))
 
 
 def draw_curves(logs: list, keys: list[str]):
@@ -60,9 +59,8 @@ def draw_bars(report: dict):
     from matplotlib.figure import Figure
     vaes, bars = report["vaes"], {}
     for part in ("flat", "pooled", "mapper", "sit"):
-        for score in SCORES:
-            if score in vaes[0].get(part, {}):
-                bars[f"{part}: {score}"] = [vae[part][score] for vae in vaes]
+        for score in [score for score in SCORES if score in vaes[0].get(part, {})]:
+            bars[f"{part}: {score}"] = [vae[part][score] for vae in vaes]
     for group in vaes[0]["flat"].get("groups", {}):
         bars[f"flat: F1 of {group}"] = [vae["flat"]["groups"][group] for vae in vaes]
     figure = Figure((8, 1 + 0.2 * len(bars) * len(vaes)), layout="constrained")
@@ -80,8 +78,8 @@ def main(argv=None):
     if args.chart == "curves":
         figure = draw_curves(args.files, args.keys.split(","))
     else:
-        draw = checkpoints.one_line(lambda path: draw_bars(json.loads(Path(path).read_text())))
-        figure = draw(args.files[0])
+        with data.one_line(args.files[0]):
+            figure = draw_bars(json.loads(Path(args.files[0]).read_text()))
     with data.replacing(args.out) as file:
         figure.savefig(file, format="png")
 

@@ -11,17 +11,16 @@ weight decay for all attributes, chosen on the validation split; the test split 
 Read: encode -> fit_linear_probe -> attribute_scores, latent_measures -> probe_set -> main.
 Letters: n images, F features, A attributes; latents z (n, C, h, w), tokens (n, N, D).
 """
-import json
 import math
-from dataclasses import dataclass
+from itertools import compress, product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import logsumexp
-from scipy.stats import gaussian_kde, rankdata
-from torch import Tensor, nn
+from scipy.special import logsumexp, softmax
+from scipy.stats import entropy, gaussian_kde, norm, rankdata
+from torch import Tensor
 
 import checkpoints
 import common
@@ -35,48 +34,33 @@ WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)  # in the order of fitting: each fit st
 CHUNK = 2**22     # features that are standardised at a time: 16 MiB, about the size of a cache
 HELD = 2**29      # up to so many train features are held as float32 while fitting (2 GiB), more as float16
 HISTORY = 2**28   # numbers in the history of L-BFGS, at most: 2 GiB with their differences
-MEASURED = 4000   # images whose latents are measured, at most
 
 
 # features
 
-@dataclass
-class Networks:
-    """What is probed: a VAE; if asked for its mapper, and a SiT with the statistics of its latents."""
-    vae: nn.Module
-    mapper: nn.Module | None = None
-    sit: nn.Module | None = None
-    mean: Tensor | None = None
-    std: Tensor | None = None
-
-
-def features_of(nets: Networks, z: Tensor, index: Tensor, args) -> dict[str, Tensor]:
-    """Return {name: (B, F)} of latents z (B, C, h, w), the posterior means of the images at `index` (B,)."""
-    features = {"flat": z.flatten(1), "pooled": z.mean((2, 3))}
-    if nets.mapper is not None:
-        features["mapper"] = nets.mapper.clean(z).mean(1)
-    if nets.sit is not None:
-        # the noise of an image depends on --seed and its number, not on its batch
-        eps = common.noise_for(z.shape[1:], index.tolist(), z.device, args.seed, "probe")
-        t = z.new_full((len(z),), args.t)
-        z_t, _ = interpolate(data.normalize_latents(z, nets.mean, nets.std), eps, t)
-        # always the null label: the true label would leak the answer
-        y = torch.full((len(z),), nets.sit.null_label, device=z.device)
-        features["sit"] = nets.sit.features(z_t, t, y, args.block).mean(1)
-    return features
-
-
 @torch.no_grad()
-def encode(images, indices, nets: Networks, args, device, store) -> tuple[np.ndarray, dict[str, Tensor]]:
+def encode(images, indices, nets: dict, args, device, store) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Return (index (n,), {name: features (n, F)}) of a split, on the CPU, as the floating type `store`.
 
+    nets: {"vae"}, and if they are probed "mapper", "sit" and "statistics", the (mean, std) of its latents.
     index: positions of the images that were read. Another image may have taken the place of a damaged one.
     """
     index, features, dtype = [], {}, common.resolve_dtype(args.dtype, device)
     for batch in data.eval_loader(images, args.batch_size, workers=args.workers, indices=indices):
         with common.autocast(device, dtype):
-            z = nets.vae.encode(data.to_float(batch["images"].to(device))).mode().float()
-        for name, part in features_of(nets, z, batch["index"], args).items():
+            z = nets["vae"].encode(data.to_float(batch["images"].to(device))).mode().float()
+        parts = {"flat": z.flatten(1), "pooled": z.mean((2, 3))}
+        if "mapper" in nets:
+            parts["mapper"] = nets["mapper"].clean(z).mean(1)
+        if "sit" in nets:
+            # the noise of an image depends on --seed and its number, not on its batch
+            eps = common.noise_for(z.shape[1:], batch["index"].tolist(), device, args.seed, "probe")
+            t = z.new_full((len(z),), args.t)
+            z_t, _ = interpolate(data.normalize_latents(z, *nets["statistics"]), eps, t)
+            # always the null label: the true label would leak the answer
+            y = torch.full((len(z),), nets["sit"].null_label, device=device)
+            parts["sit"] = nets["sit"].features(z_t, t, y, args.block).mean(1)
+        for name, part in parts.items():
             features.setdefault(name, []).append(part.to(store).cpu())
         index.append(batch["index"])
     return torch.cat(index).numpy(), {name: torch.cat(parts) for name, parts in features.items()}
@@ -101,20 +85,20 @@ def fit_linear_probe(train_x, train_y, val_x, val_y, test_x, weight_decays=WEIGH
     outputs = train_y.shape[1] if train_y.ndim == 2 else int(max(train_y.max(), val_y.max())) + 1
     weight = torch.zeros(outputs, x.shape[1], device=device, requires_grad=True)
     bias = torch.zeros(outputs, device=device, requires_grad=True)
-    y, best = train_y.to(device), {"val_score": -1.0}
+    fits = []
     for decay in weight_decays:
-        minimise(weight, bias, x, y, decay, max_iter)
-        val_logits = logits_of(val_x, mean, std, weight, bias)
-        score = class_accuracy(val_logits, val_y) if y.ndim == 1 else f1_scores(val_logits, val_y)["macro_f1"]
-        if score > best["val_score"]:
-            best = {"val_score": score, "weight_decay": decay,
-                    "logits": logits_of(test_x, mean, std, weight, bias)}
-    return best
+        minimise(weight, bias, x, train_y.to(device), decay, max_iter)
+        guess, logits = (logits_of(part, mean, std, weight, bias) for part in (val_x, test_x))
+        score = class_accuracy(guess, val_y) if val_y.ndim == 1 else f1_scores(guess, val_y)["macro_f1"]
+        fits.append({"logits": logits, "weight_decay": decay, "val_score": score})
+    return max(fits, key=lambda fit: fit["val_score"])
 
 
 def minimise(weight, bias, x, y, decay: float, max_iter: int) -> None:
     """Move weight (A, F) and bias (A,) to the minimum of the penalised loss of standardised features x."""
     history = min(100, max(10, HISTORY // weight.numel()))
+    # attributes are problems of their own: their losses add up
+    loss_of = F.cross_entropy if y.ndim == 1 else F.binary_cross_entropy_with_logits
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iter, history_size=history,
                                   tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
@@ -124,21 +108,18 @@ def minimise(weight, bias, x, y, decay: float, max_iter: int) -> None:
         total.backward()
         for rows in chunks(x):  # the gradients of the parts add up
             logits = F.linear(x[rows].float(), weight, bias)
-            if y.ndim == 1:
-                loss = F.cross_entropy(logits, y[rows], reduction="sum") / len(y)
-            else:  # attributes are problems of their own: their losses add up
-                loss = F.binary_cross_entropy_with_logits(logits, y[rows].float(), reduction="sum") / len(y)
+            targets = y[rows] if y.ndim == 1 else y[rows].float()
+            loss = loss_of(logits, targets, reduction="sum") / len(y)
             loss.backward()
             total = total.detach() + loss.detach()
         return total
     optimizer.step(closure)
 
 
-def chunks(x: Tensor):
-    """Yield slices of the rows of x (n, F), about CHUNK numbers each."""
+def chunks(x: Tensor) -> list[slice]:
+    """Return slices of the rows of x (n, F), about CHUNK numbers each."""
     step = max(1, CHUNK // x.shape[1])
-    for start in range(0, len(x), step):
-        yield slice(start, start + step)
+    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,8 +141,7 @@ def standardise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 @torch.no_grad()
 def logits_of(x: Tensor, mean, std, weight, bias) -> Tensor:
     """Return the logits (n, A) of features x on the CPU."""
-    parts = [F.linear(standardise(x[rows], mean, std), weight, bias).cpu() for rows in chunks(x)]
-    return torch.cat(parts)
+    return torch.cat([F.linear(standardise(x[rows], mean, std), weight, bias).cpu() for rows in chunks(x)])
 
 
 # scores
@@ -172,11 +152,10 @@ def f1_scores(logits: Tensor, targets: Tensor) -> dict:
     targets (n, A) of 0 and 1. An attribute without a positive has F1 nan and stays out of both means.
     """
     guess, truth = logits > 0, targets.bool()
-    present = truth.any(0)
-    hits, marked = (guess & truth).sum(0).double(), (guess.sum(0) + truth.sum(0)).double()
-    f1 = torch.where(present, 2 * hits / marked.clamp_min(1), torch.nan)
-    micro = 2 * hits[present].sum() / marked[present].sum()
-    return {"macro_f1": f1[present].mean().item(), "micro_f1": micro.item(), "per_attribute": f1.tolist()}
+    marked = (guess.sum(0) + truth.sum(0)).double().where(truth.any(0), torch.nan)
+    hits = 2 * (guess & truth).sum(0).double()
+    micro, f1 = hits.sum() / marked.nansum(), hits / marked
+    return {"macro_f1": f1.nanmean().item(), "micro_f1": micro.item(), "per_attribute": f1.tolist()}
 
 
 def auc_score(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -207,28 +186,26 @@ def attribute_scores(logits: Tensor, train_y, val_y, test_y, names: list[str]) -
     of the splits, or without a negative in the test split, is in "left_out" and in no mean. Raises ValueError
     if no attribute is left.
     """
-    usable = ~np.asarray(test_y, bool).all(0)
-    for y in (train_y, val_y, test_y):
-        usable &= np.asarray(y, bool).any(0)
-    kept, left_out = np.flatnonzero(usable), [names[i] for i in np.flatnonzero(~usable)]
-    if not len(kept):
+    shares = [np.asarray(y).mean(0) for y in (train_y, val_y, test_y)]
+    usable = (np.min(shares, axis=0) > 0) & (shares[2] < 1)
+    if not usable.any():
         raise ValueError(f"none of {len(names)} attributes has positives in all splits; want more images")
-    logits, targets = logits[:, kept], torch.as_tensor(test_y)[:, kept]
+    names, left_out = (list(compress(names, use)) for use in (usable, ~usable))
+    logits, targets = logits[:, usable], torch.as_tensor(test_y)[:, usable]
     scores, attributes, groups = f1_scores(logits, targets), {}, {}
-    for k, i in enumerate(kept):
-        f1, y = scores["per_attribute"][k], targets[:, k].numpy()
-        attributes[names[i]] = {"f1": f1, "share": float(y.mean()), "auc": auc_score(logits[:, k].numpy(), y)}
-        groups.setdefault(names[i].split("=")[0], []).append(f1)
-    auc = np.mean([row["auc"] for row in attributes.values()])
-    return scores | {"per_attribute": attributes, "left_out": left_out, "auc": float(auc),
+    for name, f1, x, y in zip(names, scores["per_attribute"], logits.T.numpy(), targets.T.numpy()):
+        attributes[name] = {"f1": f1, "share": float(y.mean()), "auc": auc_score(x, y)}
+        groups.setdefault(name.split("=")[0], []).append(f1)
+    return scores | {"per_attribute": attributes, "left_out": left_out,
+                     "auc": float(np.mean([row["auc"] for row in attributes.values()])),
                      "top5_recall": top_recall(logits, targets),
                      "groups": {name: float(np.mean(values)) for name, values in groups.items()}}
 
 
 # measures of a latent space
 
-def latent_measures(z, seed: int = 0, count: int = 2000) -> dict:
-    """Return measures of latents z (n, C, h, w), array or tensor; of every so many-th, if over MEASURED.
+def latent_measures(z, most: int = 4000, count: int = 2000) -> dict:
+    """Return measures of latents z (n, C, h, w), array or tensor; of every so many-th, if over `most`.
 
     channel_std_min, channel_std_max: the smallest and largest of the channels. effective_rank: exp of the
     entropy of the shares of variance along the principal directions of the tokens. density_gini: Gini index
@@ -237,20 +214,18 @@ def latent_measures(z, seed: int = 0, count: int = 2000) -> dict:
     for a Gaussian, lower for clusters; without directions in which the latents do not vary (collapsed
     channels). The last two are of `count` random tokens.
     """
-    z = np.asarray(z[::math.ceil(len(z) / MEASURED)], dtype=np.float64)
+    z = np.asarray(z[::math.ceil(len(z) / most)], dtype=np.float64)
     tokens = z.transpose(0, 2, 3, 1).reshape(-1, z.shape[1])  # (n h w, C)
     values, vectors = np.linalg.eigh(np.cov(tokens, rowvar=False).reshape(z.shape[1], -1))
     values = np.maximum(values, 1e-12)  # rising
-    share, spread = values / values.sum(), tokens.std(0)
-    some = tokens[np.random.default_rng(seed).permutation(len(tokens))[:count]]
+    some = tokens[np.random.default_rng(0).permutation(len(tokens))[:count]]
     white = (some - tokens.mean(0)) @ vectors / np.sqrt(values)
     varying, half = white[:, values > 1e-6 * values[-1]], len(some) // 2
-    density = np.sort(gaussian_kde(white[:, -2:].T)(white[:, -2:].T))
-    rank = np.arange(1, len(some) + 1)
-    gini = (2 * rank - len(some) - 1) @ density / (len(some) * density.sum())
-    return {"effective_rank": float(np.exp(-(share * np.log(share)).sum())), "density_gini": float(gini),
+    density = gaussian_kde(white[:, -2:].T)(white[:, -2:].T)
+    gini = (2 * rankdata(density) - len(some) - 1) @ density / (len(some) * density.sum())
+    return {"effective_rank": float(np.exp(entropy(values))), "density_gini": float(gini),
             "gmm_nll": gmm_nll(varying[:half], varying[half:]),
-            "channel_std_min": float(spread.min()), "channel_std_max": float(spread.max())}
+            "channel_std_min": float(tokens.std(0).min()), "channel_std_max": float(tokens.std(0).max())}
 
 
 def gmm_nll(train: np.ndarray, test: np.ndarray, components: int = 10, steps: int = 50, seed: int = 0):
@@ -259,11 +234,9 @@ def gmm_nll(train: np.ndarray, test: np.ndarray, components: int = 10, steps: in
     variances, weights = np.ones_like(means), np.full(components, 1 / components)
 
     def joint(x):  # log of weight times density, (n, components)
-        squares = ((x[:, None] - means) ** 2 / variances + np.log(2 * np.pi * variances)).sum(2)
-        return np.log(weights) - squares / 2
+        return np.log(weights) + norm.logpdf(x[:, None], means, np.sqrt(variances)).sum(2)
     for _ in range(steps):
-        log_p = joint(train)
-        share = np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True))
+        share = softmax(joint(train), axis=1)
         count = share.sum(0) + 1e-9
         weights, means = count / count.sum(), share.T @ train / count[:, None]
         # the floor keeps a component from collapsing onto one token
@@ -273,28 +246,26 @@ def gmm_nll(train: np.ndarray, test: np.ndarray, components: int = 10, steps: in
 
 # one VAE on one data set
 
-def probe_set(splits: dict, nets: Networks, with_attributes: bool, args, device) -> dict:
+def probe_set(splits: dict, nets: dict, with_attributes: bool, args, device) -> dict:
     """Return {name of features: scores, "latent": measures} of a VAE on the splits of open_attributes."""
     index, features = {}, {}
     for split, (images, indices) in splits.items():
         # float16 halves the largest part: CelebA's train split, 162,770 x 8,192 features, takes 2.7 GB
         store = torch.float16 if split == "train" else torch.float32
         index[split], features[split] = encode(images, indices, nets, args, device, store)
-    result, settings = {}, {"max_iter": args.max_iter, "device": device}
-    for name in features["test"]:
+    result = {name: {"features": x.shape[1]} for name, x in features["test"].items()}
+    targets = ["attributes"] * with_attributes + ["labels"] * (len(images.class_names) > 1)
+    for name, target in product(result, targets):
         train_x, val_x, test_x = (features[split][name] for split in SPLITS)
-        result[name] = {"features": train_x.shape[1]}
-        if with_attributes:
-            train_y, val_y, test_y = (splits[split][0].attributes[index[split]] for split in SPLITS)
-            fit = fit_linear_probe(train_x, train_y, val_x, val_y, test_x, **settings)
+        train_y, val_y, test_y = (getattr(splits[split][0], target)[index[split]] for split in SPLITS)
+        fit = fit_linear_probe(train_x, train_y, val_x, val_y, test_x, max_iter=args.max_iter, device=device)
+        if target == "labels":
+            result[name] |= {"class_accuracy": class_accuracy(fit["logits"], test_y),
+                             "class_weight_decay": fit["weight_decay"]}
+        else:
             result[name] |= attribute_scores(fit["logits"], train_y, val_y, test_y, images.attribute_names)
             result[name]["weight_decay"] = fit["weight_decay"]
-        if len(images.class_names) > 1:
-            train_y, val_y, test_y = (splits[split][0].labels[index[split]] for split in SPLITS)
-            fit = fit_linear_probe(train_x, train_y, val_x, val_y, test_x, **settings)
-            result[name]["class_accuracy"] = class_accuracy(fit["logits"], test_y)
-            result[name]["class_weight_decay"] = fit["weight_decay"]
-    flat, side = features["test"]["flat"], images.image_size // nets.vae.stride
+    flat, side = features["test"]["flat"], images.image_size // nets["vae"].stride
     return result | {"latent": latent_measures(flat.view(len(flat), -1, side, side))}
 
 
@@ -318,8 +289,7 @@ def colour_tokens(tokens: Tensor, size: int) -> Tensor:
     Returns images, uint8 (B, 3, size, size), in which every token is a square.
     """
     flat = tokens.detach().cpu().double().flatten(0, 1)
-    flat = flat - flat.mean(0)
-    axes = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)  # (D, 3)
+    axes = torch.linalg.eigh(flat.T.cov()).eigenvectors[:, -3:].flip(1)  # (D, 3)
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # the sign is arbitrary: fix it
     colour = flat @ axes
     low, high = torch.quantile(colour, colour.new_tensor([0.02, 0.98]), dim=0)
@@ -412,9 +382,8 @@ def main(argv=None):
     args.image_size = args.image_size or trained_on or data.default_size(args.data)
 
     # data: attributes of the first set, classes of the last
-    sets = []
-    for name in filter(None, (args.data, args.class_data)):
-        sets.append(open_attributes(name, args.image_size, args.num_train, args.seed))
+    sets = [open_attributes(name, args.image_size, args.num_train, args.seed)
+            for name in (args.data, args.class_data) if name]
     counts = {split: len(indices) for split, (_, indices) in sets[0].items()}
     print(f"linear probe of {args.data} at {args.image_size} px: {counts} images")
     with_attributes = bool(sets[0]["test"][0].attribute_names) and not args.classes
@@ -434,12 +403,12 @@ def main(argv=None):
     for path in paths:
         vae = checkpoints.load_vae(path).to(proc.device)
         result = {"vae": str(path), "vae_hash": checkpoints.state_hash(vae.state_dict())}
-        nets = Networks(vae)
+        nets = {"vae": vae}
         if args.mapper:
-            nets.mapper = checkpoints.load_mapper(path).to(proc.device)
+            nets["mapper"] = checkpoints.load_mapper(path).to(proc.device)
         if args.sit:
-            nets.sit = sit.to(proc.device)
-            nets.mean, nets.std, _ = checkpoints.statistics_for(
+            nets["sit"] = sit.to(proc.device)
+            *nets["statistics"], _ = checkpoints.statistics_for(
                 args.sit, sit_file, result["vae_hash"], sit.config.in_channels, args.latent_stats)
         result |= probe_set(sets[0], nets, with_attributes, args, proc.device)
         for class_set in sets[1:]:
@@ -456,8 +425,7 @@ def main(argv=None):
     report = {"vaes": results, "labels": labels, "args": vars(args), "versions": common.versions(),
               "images": counts,
               "images_hash": [{split: pair[0].images_hash for split, pair in s.items()} for s in sets]}
-    with data.replacing(args.out) as file:
-        file.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    data.write_facts(args.out, report)
     if args.report:
         text += f"\n\n![]({base.name}_pca.png)\n\nFrom the top: {', '.join(strips)}.\n"
         Path(f"{base}_report.md").write_text(text)

@@ -24,7 +24,7 @@ from common import natural, positive
 from sit import guided_velocity, nfe, sample_ode, sample_sde
 
 SHOWN, COLUMNS = 80, 20  # images in grid.png, and columns, at most
-FREE = {"num", "num_images", "out", "npz"}  # what may change when a command that was stopped is continued
+FREE = {"num", "num_images", "out", "npz", "commit"}  # what may change when a command is continued
 
 
 def parse_args(argv=None):
@@ -58,8 +58,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     low, high = args.cfg_interval
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"--cfg-interval {low:g} {high:g}: want 0 <= LO <= HI <= 1, in noise time (1 = pure "
-                         "noise)")
+        raise ValueError(f"--cfg-interval {low:g} {high:g}: want times 0 <= LO <= HI <= 1, where 1 is noise")
     return args
 
 
@@ -78,14 +77,13 @@ def sample_images(model, vae, latents, indices, args, device, dtype):
     latents: what encode.py's meta.json says. The solver's state is fp32; network and decoder run under
     autocast `dtype`.
     """
-    y = draw_labels(indices, args, latents["num_classes"])
+    y = draw_labels(indices, args, latents["num_classes"]).to(device)
     shape = (latents["channels"], *latents["latent_size"])
     noise = common.noise_for(shape, indices, device, args.seed, "sample")
-    y_device = y.to(device)
 
     def velocity(z_t, t, t_step):
         with common.autocast(device, dtype):
-            return guided_velocity(model, z_t, t, y_device, args.cfg, args.cfg_interval, t_step)
+            return guided_velocity(model, z_t, t, y, args.cfg, args.cfg_interval, t_step)
 
     if args.sampler == "sde":
         # One generator per image, so that its noise does not depend on the batch.
@@ -97,7 +95,7 @@ def sample_images(model, vae, latents, indices, args, device, dtype):
     z = data.denormalize_latents(z, torch.tensor(latents["mean"]), torch.tensor(latents["std"]))
     with common.autocast(device, torch.float32 if dtype == torch.float16 else dtype):  # it may overflow
         x = vae.decode(z)
-    return data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), y.numpy()
+    return data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()
 
 
 def open_models(args):
@@ -111,8 +109,6 @@ def open_models(args):
     published = saved.get("format") != checkpoints.SIT
     if published and args.vae is None:
         raise ValueError(f"{ckpt} is a published SiT, which does not name its VAE: give --vae FILE")
-    if not published and args.latent_stats:
-        raise ValueError(f"--latent-stats: {ckpt} carries those it was trained with; leave the flag out")
     if not published and args.cfg != 1 and saved["args"]["label_dropout"] == 0:
         raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no "
                          f"unconditional velocity; use --cfg 1")
@@ -129,10 +125,9 @@ def open_models(args):
                          f"{channels}: give --vae the VAE that this SiT was trained on")
     # Also compares the VAE with the one that the statistics are of, where they say.
     mean, std, source = checkpoints.statistics_for(ckpt, saved, vae_hash, channels, args.latent_stats)
-    side = model.config.input_size
     latents = saved["latents"] if not published else {
-        "channels": channels, "latent_size": [side, side], "num_classes": model.config.num_classes,
-        "class_names": [], "mean": mean.tolist(), "std": std.tolist()}
+        "channels": channels, "latent_size": [model.config.input_size] * 2, "class_names": [],
+        "num_classes": model.config.num_classes, "mean": mean.tolist(), "std": std.tolist()}
     with open(checkpoints.fetch(ckpt), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return model, vae, latents, {
@@ -146,7 +141,7 @@ def write(args, parts, latents, protocol):
     """Write the files and say where."""
     folder, classes = Path(args.out), args.classes or range(latents["num_classes"])
     (folder / "samples.npz").unlink(missing_ok=True)  # of an earlier run: not what protocol.json will say
-    first = [parts.read(part)["images"] for part in range(parts.num_shards)[:SHOWN // parts.size + 1]]
+    first = [parts.read(part)[0] for part in range(parts.num_shards)[:SHOWN // parts.size + 1]]
     shown = np.concatenate(first)[:SHOWN]
     columns, order = max(1, math.isqrt(len(shown))), "in the order of their numbers, not by class"
     if args.labels == "balanced" and 1 < len(classes) <= COLUMNS:
@@ -171,10 +166,9 @@ def main(argv=None):
     evaluations = nfe(args.steps, heun=args.sampler == "heun")
     dtype = common.resolve_dtype(args.dtype, proc.device)
     common.print_config(args)
-    common.print0(f"{num} images: {facts['checkpoint']} (step {facts['step']}, {args.weights} weights, "
-                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype}), {args.sampler} "
-                  f"{args.steps} steps = {evaluations} evaluations, cfg {args.cfg:g} in {args.cfg_interval}; "
-                  f"latent statistics {facts['latent_statistics_sha256'][:12]}, {facts['latent_statistics']}")
+    common.print0(f"{num} images of {evaluations} evaluations: {facts['checkpoint']} (step {facts['step']}, "
+                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype}); latent statistics "
+                  f"{facts['latent_statistics_sha256'][:12]}, {facts['latent_statistics']}")
     if args.dry_run:
         return None
 

@@ -41,11 +41,10 @@ class ShapesTeacher(nn.Module):
     def __init__(self, dim: int = 128):
         super().__init__()
         self.dim = dim
-        layers = convolutions(((12, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1),
-                               (128, 128, 2), (128, 128, 1)))
+        plan = (12, 64, 1), (64, 64, 1), (64, 128, 2), *[(128, 128, 1)] * 2, (128, 128, 2), (128, 128, 1)
         # The last norm has no affine part: every channel of a token counts alike in the cosine.
-        layers += [nn.Conv2d(128, dim, 1, bias=False), nn.BatchNorm2d(dim, affine=False)]
-        self.net = nn.Sequential(*layers)
+        self.net = nn.Sequential(*convolutions(plan), nn.Conv2d(128, dim, 1, bias=False),
+                                 nn.BatchNorm2d(dim, affine=False))
         self.register_buffer("mean", torch.zeros(self.grid ** 2, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,9 +64,9 @@ class ShapesJudge(nn.Module):
 
     def __init__(self, num_classes: int = 10, num_attributes: int = 41):
         super().__init__()
-        layers = convolutions(((12, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 2)))
-        layers += [nn.Flatten(), nn.Linear(16 * 128, 128), nn.BatchNorm1d(128), nn.ReLU()]
-        self.net = nn.Sequential(*layers)
+        plan = (12, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 2)
+        self.net = nn.Sequential(*convolutions(plan), nn.Flatten(), nn.Linear(16 * 128, 128),
+                                 nn.BatchNorm1d(128), nn.ReLU())
         self.class_head = nn.Linear(128, num_classes)
         self.attribute_head = nn.Linear(128, num_attributes)
 

@@ -79,13 +79,12 @@ def draw_pictures(run: Path) -> None:
     data.save_grid(run / "reconstructions.png", torch.cat(strips), columns=SHOWN, scale=3)
     probe.draw_pca(run / "pca.png", vaes, ARMS.values(), images, None, torch.device("cpu"))
 
-    columns = []  # (classes, H, W, 3) each
+    n, columns = val.num_classes, []  # (n, H, W, 3) each
     for arm in ARMS:
         samples = data.ArrayImages(str(run / arm / "samples" / "cfg2" / "samples.npz")).images
-        rounds = min(8, len(samples) // val.num_classes)  # image i has class i mod num_classes
-        columns += [*samples[:rounds * val.num_classes].reshape(rounds, -1, 32, 32, 3)]
-        columns += [np.full_like(columns[0], 255)]  # a white gap
-    grid = np.stack(columns[:-1], axis=1)  # (classes, 8 + 1 + 8, H, W, 3)
+        rounds = samples[:len(samples) // n * n].reshape(-1, n, 32, 32, 3)  # image i has class i mod n
+        columns += [*rounds[:8], np.full_like(rounds[0], 255)]  # and a white gap
+    grid = np.stack(columns[:-1], axis=1)  # (n, 8 + 1 + 8, H, W, 3)
     data.save_grid(run / "samples.png", grid.reshape(-1, 32, 32, 3), columns=grid.shape[1], scale=2)
 
 

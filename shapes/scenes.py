@@ -71,10 +71,10 @@ def _mix(under, over, alpha):
 
 
 def _shape_alpha(names, which, x, y, radius, pixel):
-    """Return distance in scene units and anti-aliased coverage, (N, H, W) each; which (N,) indexes names."""
+    """Return distance in scene units and anti-aliased coverage, (N, H, W) each; which: (N, 1, 1) indices."""
     distance = np.full(x.shape, SCENE, np.float32)
     for k in np.unique(which):
-        same = which == k
+        same = (which == k).ravel()
         if names[k] != "none":
             distance[same] = _signed_distance(names[k], (x / radius)[same], (y / radius)[same])
     distance *= radius
@@ -85,40 +85,40 @@ def _render(f, size):
     """Render scenes: f is the dict of factor arrays (N,); returns uint8 (N, size, size, 3)."""
     pixel = SCENE / size
     at = (np.arange(size, dtype=np.float32) + 0.5) * pixel  # pixel centres
-    real = {k: v.astype(np.float32)[:, None, None] for k, v in f.items()}  # (N, 1, 1)
-    colour = np.array(list(HUES.values()), np.float32)[:, None, None]  # (8, 1, 1, 3)
-    base = np.array(list(BACKGROUNDS.values()), np.float32)[:, None, None][f["background"]]
+    f = {k: (v.astype(np.float32) if v.dtype == float else v)[:, None, None] for k, v in f.items()}
+    colour = np.array(list(HUES.values()), np.float32)  # (8, 3)
+    base = np.array(list(BACKGROUNDS.values()), np.float32)[f["background"]]  # (N, 1, 1, 3)
 
     # background: a plain colour, or a pale texture over it
-    phase = 2 * np.pi * real["phase"]
+    phase = 2 * np.pi * f["phase"]
     u, v = np.broadcast_arrays(at[None, None, :], at[None, :, None])
-    across = np.where(f["vertical"][:, None, None], v, u)  # (N, H, W)
+    across = np.where(f["vertical"], v, u)  # (N, H, W)
     wave = np.sin(2 * np.pi / PERIOD * across + phase)
     other = np.sin(2 * np.pi / PERIOD * (u + v - across) + 2 * phase)
-    ramp = np.where(real["phase"] < 0.5, across, SCENE - across) / SCENE
-    tone = np.choose(f["texture"][:, None, None], (np.float32(0), ramp, _square_wave(wave, pixel, PERIOD),
-                                                   _square_wave(wave * other, pixel, PERIOD)))
+    ramp = np.where(f["phase"] < 0.5, across, SCENE - across) / SCENE
+    tone = np.choose(f["texture"], (np.float32(0), ramp, _square_wave(wave, pixel, PERIOD),
+                                    _square_wave(wave * other, pixel, PERIOD)))
     image = _mix(base, base + 0.25 * (1 - base), tone)
 
     # main object, in its own axes
-    c, s = np.cos(np.radians(real["rotation"])), np.sin(np.radians(real["rotation"]))
-    x, y = u - real["x"], v - real["y"]
+    c, s = np.cos(np.radians(f["rotation"])), np.sin(np.radians(f["rotation"]))
+    x, y = u - f["x"], v - f["y"]
     x, y = c * x + s * y, c * y - s * x
-    distance, alpha = _shape_alpha(SHAPES, f["shape"], x, y, real["size"], pixel)
+    distance, alpha = _shape_alpha(SHAPES, f["shape"], x, y, f["size"], pixel)
     stripes = _square_wave(np.sin(2 * np.pi / 10 * x), pixel, 10)
     rim = np.clip(0.5 - (distance + 3) / pixel, 0, 1)  # the coloured rim is 3 units wide
-    pale = np.choose(f["fill"][:, None, None], (np.float32(0), stripes, rim))
+    pale = np.choose(f["fill"], (np.float32(0), stripes, rim))
     hue = colour[f["hue"]]
     image = _mix(image, _mix(hue, hue + 0.7 * (1 - hue), pale), alpha)
 
     # second object, in a corner, always solid
-    x, y = u - real["second_x"], v - real["second_y"]
-    alpha = _shape_alpha(SECONDS, f["second"], x, y, real["second_size"], pixel)[1]
+    x, y = u - f["second_x"], v - f["second_y"]
+    alpha = _shape_alpha(SECONDS, f["second"], x, y, f["second_size"], pixel)[1]
     image = _mix(image, colour[f["second_hue"]], alpha)
     # inversion: lightness of the HSL model becomes 1 - lightness, the hue stays
     inverted = image + 1 - image.max(axis=-1, keepdims=True) - image.min(axis=-1, keepdims=True)
-    image = np.where(f["inverted"][:, None, None, None], inverted, image)
-    return np.rint(255 * np.clip(image * real["light"][..., None], 0, 1)).astype(np.uint8)
+    image = np.where(f["inverted"][..., None], inverted, image)
+    return np.rint(255 * np.clip(image * f["light"][..., None], 0, 1)).astype(np.uint8)
 
 
 def _draw_factors(num, seed, split, frame):
@@ -157,11 +157,9 @@ class Shapes:
     on_disk = False
 
     def __init__(self, num: int, seed: int = 0, split: str = "train", size: int = 32, frame: int = 0):
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
-        if num < 1 or size < 8 or seed < 0 or frame < 0:
-            raise ValueError(f"num {num}, size {size}, seed {seed}, frame {frame}: want num >= 1, size >= 8, "
-                             "seed >= 0, frame >= 0")
+        if split not in SPLITS or num < 1 or size < 8 or seed < 0 or frame < 0:
+            raise ValueError(f"split {split!r}, num {num}, size {size}, seed {seed}, frame {frame}: want "
+                             f"split {' or '.join(SPLITS)}, num >= 1, size >= 8, seed >= 0, frame >= 0")
         self.image_size = size
         self.factors = _draw_factors(num, seed, SPLITS[split], frame)
         parts = [{k: v[i:i + 256] for k, v in self.factors.items()} for i in range(0, num, 256)]

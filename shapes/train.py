@@ -25,13 +25,10 @@ from shapes.scenes import Shapes
 
 SCENES, TEST = 24000, 11000  # scenes to train on, and scenes of "val" to measure on
 LR = 2e-3         # peak of both; linear to 0
-FRAMES = 4        # frames of each scene that the teacher sees, at least 2
 PAIRS = 96        # pairs of frames in a batch of the teacher
-GROUPS = 4        # clusters that a batch is drawn from; divides PAIRS
+GROUPS = 4        # clusters that a batch is drawn from; even, divides PAIRS
 CLUSTERS = 300    # of k-means
 MINE_EVERY = 300  # steps between two clusterings by the network's own embedding
-TAU = 0.1         # temperature of InfoNCE
-THUMBNAIL = 2.0   # weight of the thumbnail loss
 
 
 def parse_args(argv=None):
@@ -44,20 +41,38 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def as_input(images: np.ndarray, rng=None, blur: float = 0.0, noise: float = 0.0) -> Tensor:
-    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1].
+def as_input(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1], channels last in memory."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    With a numpy generator `rng`, each image is mixed with its 3 x 3 mean by a random share up to `blur`, and
-    gets white noise of a random standard deviation up to `noise`.
-    """
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    x = x.float() / 127.5 - 1
-    if rng is None:
-        return x
+
+def soften(x: Tensor, rng, blur: float, noise: float) -> Tensor:
+    """Mix each image (B, 3, H, W) with its 3 x 3 mean by a random share up to `blur`, and add white noise of
+    a random standard deviation up to `noise`. rng: numpy's generator."""
     amount = torch.from_numpy(rng.random((2, len(x), 1, 1, 1), np.float32))
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     x = torch.lerp(x, soft, blur * amount[0])
     return x + noise * amount[1] * torch.from_numpy(rng.standard_normal(x.shape, np.float32))
+
+
+@torch.no_grad()
+def in_chunks(function, images: np.ndarray, device) -> Tensor:
+    """Apply function to 500 images at a time; return the results, CPU, fp32."""
+    parts = np.split(images, range(500, len(images), 500))
+    return torch.cat([function(as_input(part).to(device)).float().cpu() for part in parts])
+
+
+def training_steps(net: nn.Module, steps: int, device):
+    """Yield (step, losses): the caller fills the dict, whose sum then takes `net` one step down."""
+    net.to(device, memory_format=torch.channels_last).train()
+    optimizer = common.adamw(net.parameters(), LR, weight_decay=0.05)
+    for step in range(steps):
+        losses = {}
+        yield step, losses
+        sum(losses.values()).backward()
+        common.optimizer_step(optimizer, common.learning_rate(step, LR, 100, steps, steps), max_norm=1.0)
+        if step % 100 == 0:
+            print(f"step {step}:", *(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
 
 
 # teacher
@@ -65,13 +80,6 @@ def as_input(images: np.ndarray, rng=None, blur: float = 0.0, noise: float = 0.0
 def pool(tokens: Tensor) -> Tensor:
     """(B, N, D) -> (B, 2 D): the mean is what tokens agree on, the maximum what a single one has seen."""
     return torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1)
-
-
-@torch.no_grad()
-def in_chunks(function, images: np.ndarray, device, **changes) -> Tensor:
-    """Apply function to 500 images at a time, changed as `as_input` says; return the results, CPU, fp32."""
-    parts = np.split(images, range(500, len(images), 500))
-    return torch.cat([function(as_input(part, **changes).to(device)).float().cpu() for part in parts])
 
 
 def colour_histograms(images: np.ndarray) -> Tensor:
@@ -94,53 +102,47 @@ def cluster(points: Tensor, seed: int) -> list[np.ndarray]:
     return [group for group in groups if len(group) >= PAIRS // GROUPS]
 
 
-def train_teacher(frames: list[np.ndarray], steps: int, seed: int, device, dtype) -> ShapesTeacher:
-    """Return the trained teacher. frames: uint8 (N, H, W, 3) each, the same scenes in the same order."""
+def train_teacher(steps: int, seed: int, device, dtype) -> ShapesTeacher:
+    """Return the teacher, trained on four frames of each scene."""
     torch.manual_seed(seed)
     teacher = ShapesTeacher()
     head = nn.Sequential(nn.Linear(2 * teacher.dim, 256), nn.ReLU(), nn.Linear(256, 128))  # not kept
     thumbnail = nn.Linear(teacher.dim, 48)  # not kept
-    net = nn.ModuleList((teacher, head, thumbnail)).to(device, memory_format=torch.channels_last).train()
-    optimizer = common.adamw(net.parameters(), LR, weight_decay=0.05)
+    net = nn.ModuleList((teacher, head, thumbnail))
     rng = np.random.default_rng(seed)
 
     def embed(x):
         with common.autocast(device, dtype):
-            return F.normalize(head(pool(teacher(x))).float(), dim=1)
+            tokens = teacher(x)
+            return F.normalize(head(pool(tokens)).float(), dim=1), thumbnail(tokens).float()
 
-    sources = [cluster(colour_histograms(frames[0]), seed)]  # groups of scenes that share their colours
-    for step in range(steps):
-        if step and step % MINE_EVERY == 0:
+    frames = [Shapes(SCENES, seed, frame=k).images for k in range(4)]
+    sources = 2 * [cluster(colour_histograms(frames[0]), seed)]  # groups of scenes that share their colours
+    for step, losses in training_steps(net, steps, device):
+        if step and step % MINE_EVERY == 0:  # half of the groups: neighbours in the network's own eyes
             net.eval()
-            sources[1:] = [cluster(in_chunks(embed, frames[0], device), seed + step)]
+            sources[1] = cluster(in_chunks(lambda x: embed(x)[0], frames[0], device), seed + step)
             net.train()
 
         # two frames of each scene of a few groups
         index = []
-        for i in range(GROUPS):
-            source = sources[i % len(sources)]
+        for source in sources * (GROUPS // 2):
             index.extend(rng.choice(source[rng.integers(len(source))], PAIRS // GROUPS, replace=False))
         first, second = rng.choice(len(frames), 2, replace=False)
         images = np.concatenate([frames[first][index], frames[second][index]])
-        x = as_input(images, rng, noise=0.1).to(device)  # (2 PAIRS, 3, H, W)
+        x = soften(as_input(images), rng, blur=0.0, noise=0.1).to(device)  # (2 PAIRS, 3, H, W)
+        embedding, guess = embed(x)
 
         # InfoNCE both ways: each frame must find the other frame of its scene among those of the batch
-        with common.autocast(device, dtype):
-            tokens = teacher(x)
-            embedding, guess = head(pool(tokens)), thumbnail(tokens)
-        a, b = F.normalize(embedding.float(), dim=1).chunk(2)
-        logits, same = a @ b.T / TAU, torch.arange(PAIRS, device=device)
-        contrast = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        a, b = embedding.chunk(2)
+        logits, same = a @ b.T / 0.1, torch.arange(PAIRS, device=device)  # 0.1: its temperature
+        losses["contrast"] = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         # each token must know its cell at half resolution
         cells = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4).flatten(2).transpose(1, 2)  # (B, 16, 48): 3 x 4 x 4
-        colour = F.mse_loss(guess.float(), cells)
-        (contrast + THUMBNAIL * colour).backward()
-        common.optimizer_step(optimizer, common.learning_rate(step, LR, 100, steps, steps), max_norm=1.0)
-        if step % 100 == 0:
-            print(f"teacher step {step}: contrast {contrast:.3f}, thumbnail {colour:.3f}", flush=True)
+        losses["thumbnail"] = 2.0 * F.mse_loss(guess, cells)
     teacher.eval()
     teacher.mean.copy_(in_chunks(teacher, frames[0][:10000], device).mean(dim=0))
-    return teacher.cpu().half().float()  # as the file will hold it
+    return teacher
 
 
 def measure_teacher(teacher: ShapesTeacher, test: Shapes) -> dict[str, float]:
@@ -153,44 +155,31 @@ def measure_teacher(teacher: ShapesTeacher, test: Shapes) -> dict[str, float]:
 
 # judge
 
-def train_judge(data: Shapes, steps: int, seed: int, device, dtype) -> ShapesJudge:
-    """Return the judge, trained on class (cross entropy) and attributes (binary cross entropy) of `data`."""
+def train_judge(steps: int, seed: int, device, dtype) -> ShapesJudge:
+    """Return the judge, trained on class (cross entropy) and attributes (binary cross entropy)."""
     torch.manual_seed(seed)
-    judge = ShapesJudge(data.num_classes, len(data.attribute_names))
-    judge.to(device, memory_format=torch.channels_last).train()
-    optimizer = common.adamw(judge.parameters(), LR, weight_decay=0.05)
+    data, judge = Shapes(SCENES, seed), ShapesJudge()
     rng = np.random.default_rng(seed)
-    for step in range(steps):
+    for _, losses in training_steps(judge, steps, device):
         index = rng.integers(len(data), size=128)
-        x = as_input(data.images[index], rng, blur=0.8, noise=0.15).to(device)
+        x = soften(as_input(data.images[index]), rng, blur=0.8, noise=0.15).to(device)
         label = torch.from_numpy(data.labels[index]).to(device)
         attributes = torch.from_numpy(data.attributes[index]).float().to(device)
         with common.autocast(device, dtype):
             features, logits = judge(x)
-            attribute_logits = judge.attribute_head(features)
-        class_loss = F.cross_entropy(logits.float(), label)
-        loss = class_loss + 10 * F.binary_cross_entropy_with_logits(attribute_logits.float(), attributes)
-        loss.backward()
-        common.optimizer_step(optimizer, common.learning_rate(step, LR, 100, steps, steps), max_norm=1.0)
-        if step % 100 == 0:
-            print(f"judge step {step}: loss {loss:.3f}", flush=True)
-    return judge.cpu().eval().half().float()  # as the file will hold it
+            guess = judge.attribute_head(features)
+        losses["class"] = F.cross_entropy(logits.float(), label)
+        losses["attributes"] = 10 * F.binary_cross_entropy_with_logits(guess.float(), attributes)
+    return judge.eval()
 
 
 @torch.no_grad()
 def measure_judge(judge: ShapesJudge, test: Shapes, blur: float = 0.8, noise: float = 0.15) -> dict:
     """Return the class accuracy and the macro F1 over attributes, on blurred and noisy images."""
-    changes = {"rng": np.random.default_rng(0), "blur": blur, "noise": noise}
-    features = in_chunks(lambda x: judge(x)[0], test.images, "cpu", **changes)
+    rng = np.random.default_rng(0)
+    features = in_chunks(lambda x: judge(soften(x, rng, blur, noise))[0], test.images, "cpu")
     f1 = probe.f1_scores(judge.attribute_head(features), torch.from_numpy(test.attributes))["macro_f1"]
     return {"class_accuracy": probe.class_accuracy(judge.class_head(features), test.labels), "macro_f1": f1}
-
-
-def save(path: str, net: nn.Module, config: dict, metrics: dict, args) -> None:
-    """Write weights as fp16, and plain values; shapes.networks.load reads the file."""
-    checkpoints.save_file(path, {"format": net.format, "config": config, "model": net.half().state_dict(),
-                                 "metrics": metrics, "args": vars(args), "versions": common.versions()})
-    print(f"{path}: {metrics}", flush=True)
 
 
 def main(argv=None):
@@ -199,17 +188,16 @@ def main(argv=None):
     device = common.setup(args.device).device
     dtype = common.resolve_dtype(args.dtype, device)
     test = Shapes(TEST, args.seed, "val")
-
-    if args.judge_steps:
-        data = Shapes(SCENES, args.seed)
-        judge = train_judge(data, args.judge_steps, args.seed, device, dtype)
-        config = {"num_classes": data.num_classes, "num_attributes": len(data.attribute_names)}
-        save(f"{args.out}/judge.pt", judge, config, measure_judge(judge, test), args)
-
-    if args.steps:
-        frames = [Shapes(SCENES, args.seed, frame=k).images for k in range(FRAMES)]
-        teacher = train_teacher(frames, args.steps, args.seed, device, dtype)
-        save(f"{args.out}/teacher.pt", teacher, {"dim": teacher.dim}, measure_teacher(teacher, test), args)
+    for name, steps, train, measure in (("judge", args.judge_steps, train_judge, measure_judge),
+                                        ("teacher", args.steps, train_teacher, measure_teacher)):
+        if steps == 0:
+            continue
+        net = train(steps, args.seed, device, dtype).cpu().half().float()  # as the file will hold it
+        metrics, path = measure(net, test), f"{args.out}/{name}.pt"
+        # shapes.networks.load reads it. Empty config: sizes are the default ones.
+        checkpoints.save_file(path, {"format": net.format, "config": {}, "model": net.half().state_dict(),
+                                     "metrics": metrics, "args": vars(args), "versions": common.versions()})
+        print(f"{path}: {metrics}", flush=True)
 
 
 if __name__ == "__main__":

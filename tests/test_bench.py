@@ -36,15 +36,15 @@ def test_step_is_the_trainers_own_with_all_its_networks(stage, trainer, monkeypa
     monkeypatch.setattr(trainer, "train_step", spy)
     compiled = []
     monkeypatch.setattr(common, "compile_modules", lambda *modules: compiled.extend(modules))
-    more = "--image-size 64 --teacher vit_tiny_patch16_224 --micro-batch-size 1 --compile".split()
+    more = "--image-size 64 --teacher vit_tiny_patch16_224 --compile".split()
     args = bench.parse_args(["--stage", stage, *TINY, *more])
     terms, skipped = bench.make_step(stage, args, common.setup("cpu"))()
     [(nets, sizes, run)], names = seen, {name for part in terms for name in part}
-    assert nets.teacher in compiled and sizes == [1, 1]
+    assert nets.teacher in compiled and sizes == [2]
     assert not skipped and nets.teacher.name == "vit_tiny_patch16_224"
     assert names >= ({"rec", "lpips", "kl", "gan", "align", "disc"} if stage == "vae" else {"flow", "repa"})
     if stage == "vae":
-        assert nets.send.mapper.bn.group == 1 == trainer.norm_group(run)
+        assert nets.send.mapper.bn.group == 2 == trainer.norm_group(run)
 
 
 def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):

@@ -174,16 +174,17 @@ def test_an_evaluation_that_was_not_reached_is_made_up_for(pictures, tmp_path, m
 
 # several processes
 
-def test_one_two_three_and_four_processes_take_the_same_step(trained, tmp_path):
+def test_one_three_and_four_processes_take_the_same_step(trained, tmp_path):
+    """Two: test_train.py."""
     jobs = [{"world": world, "commands": [
         f"train_vae --data {trained.pictures} {VAE} --batch-size 24 --bn-group 2 --micro-batch-size {micro} "
         f"--init {trained.vae} --steps 1 --out {tmp_path}/{world}/vae",
         f"train_sit --latents {trained.latents} {SIT} --batch-size 24 --micro-batch-size {micro} --steps 1 "
-        f"--out {tmp_path}/{world}/sit"]} for world, micro in ((1, 0), (2, 4), (3, 8), (4, 2))]
+        f"--out {tmp_path}/{world}/sit"]} for world, micro in ((1, 0), (3, 8), (4, 2))]
     results, errors = run_jobs(*jobs)
-    assert [result["codes"] for result in results] == [[0] * world for world in (1, 2, 3, 4)], errors
+    assert [result["codes"] for result in results] == [[0] * world for world in (1, 3, 4)], errors
     one = [checkpoints.newest(tmp_path / "1" / stage) for stage in ("vae", "sit")]
-    for world in (2, 3, 4):
+    for world in (3, 4):
         vae, sit = (checkpoints.newest(tmp_path / str(world) / stage) for stage in ("vae", "sit"))
         assert_same_vae_step(one[0], vae)
         assert_same_gradient(one[1]["optimizer"], sit["optimizer"])

@@ -1,16 +1,15 @@
 """Pictures from outside (data.py): folders, archives, dataset.json, odd pixels, damage, identity.
 Run: ./test.sh tests/test_images.py        (about 10 s, CPU; crop and plain files: tests/test_data.py)
 """
-import io
 import json
 import random
 import shutil
 import struct
 import tarfile
+import traceback
 import unicodedata
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,8 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 def packed(root, file, prefix="", level=zipfile.ZIP_STORED):
     """Write the files below root into a .zip or .tar, in no order; return its path."""
     is_zip = file.suffix.lower() == ".zip"
-    with zipfile.ZipFile(file, "w", level) if is_zip else tarfile.open(file, "w", format=tarfile.GNU_FORMAT) as archive:
+    tar = dict(mode="w", format=tarfile.GNU_FORMAT)
+    with zipfile.ZipFile(file, "w", level) if is_zip else tarfile.open(file, **tar) as archive:
         for path in sorted(Path(root).rglob("*"), reverse=True):
             name = f"{prefix}{path.relative_to(root)}"
             if not is_zip:
@@ -71,7 +71,8 @@ def test_an_archive_is_read_as_the_folder_it_was_made_from(tmp_path, name, prefi
     assert archive.files.tolist() == folder.files.tolist() and archive.class_names == ["a", "b"]
     assert archive.images_hash == folder.images_hash and archive.labels.tolist() == folder.labels.tolist()
     workers = dict(num_workers=1, multiprocessing_context="spawn") if name == "a.ZIP" else {}
-    loader = torch.utils.data.DataLoader(data.EvalBatches(archive, np.arange(8), 8), batch_size=None, **workers)
+    batches = data.EvalBatches(archive, np.arange(8), 8)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, **workers)
     assert torch.equal(next(iter(loader))["images"], folder.batch(range(8))["images"])
 
 
@@ -131,7 +132,7 @@ def test_what_is_left_out_is_said_once_by_kind_and_all_formats_are_read(tmp_path
     said = capsys.readouterr().err.splitlines()
     assert len(folder) == 13 and folder.batch(range(13))["labels"].tolist() == [0] * 6 + [1] * 7
     assert len(said) == 1 and folder.corrupt == []
-    for part in ("system folders: 4", "broken links: 3 (a/gone.png)", "cannot read: 2 (a/0.heic)", "Thumbs.db"):
+    for part in ("system folders: 4", "broken links: 3 (a/gone.png)", "read: 2 (a/0.heic)", "Thumbs.db"):
         assert part in said[0]
 
 
@@ -161,15 +162,15 @@ def test_splits_are_no_classes(tmp_path, folders, wanted):
 
 @pytest.mark.parametrize("train, val", [("train", "Valid"), ("Train", "validation"), ("training", "val"),
                                         ("train.zip", "val.zip")])
-def test_a_vae_is_evaluated_on_held_out_images_without_classes(tmp_path, train, val, capsys):
+def test_a_vae_is_evaluated_on_held_out_images_without_classes(tmp_path, train, val):
     """As Tiny-ImageNet has them: train/CLASS/images, val/images."""
-    root = small.pictures(tmp_path / "a", n=8, classes=2)
+    small.pictures(tmp_path / "a", n=8, classes=2)
     small.pictures(tmp_path / "b" / "images", n=4, classes=0)
-    for part, name in (("a", train), ("b", val)):
-        packed(tmp_path / part, tmp_path / name) if ".zip" in name else (tmp_path / part).rename(tmp_path / name)
+    for part, name in ((tmp_path / "a", train), (tmp_path / "b", val)):
+        packed(part, tmp_path / name) if ".zip" in name else part.rename(tmp_path / name)
     path = str(tmp_path / train)
     held_out = data.open_dataset(path, 32, "val", labelled=False)
-    assert len(held_out) == 4 and held_out.num_classes == 1 and root
+    assert len(held_out) == 4 and held_out.num_classes == 1
     with pytest.raises(ValueError, match="images is not among 2 training classes"):
         data.open_dataset(path, 32, "val")
     if val == "Valid":
@@ -180,7 +181,8 @@ def test_a_vae_is_evaluated_on_held_out_images_without_classes(tmp_path, train, 
 def test_labels_of_dataset_json_are_read(trained, tmp_path):
     root = small.pictures(tmp_path / "images")
     names = sorted(str(path.relative_to(root)) for path in root.glob("*/*.png"))
-    (root / "dataset.json").write_text(json.dumps({"labels": [[n, k % 3] for k, n in enumerate(names)][::-1]}))
+    labels = [[name, k % 3] for k, name in enumerate(names)]
+    (root / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
     for path in (root, packed(root, tmp_path / "images.zip"), packed(root, tmp_path / "images.tar")):
         folder = data.ImageFolder(path, 32)
         assert folder.class_names == ["0", "1", "2"] and folder.labels.tolist() == [k % 3 for k in range(8)]
@@ -234,8 +236,8 @@ def test_links_are_left_out_and_other_archives_refused(tmp_path, capsys):
     assert len(data.ImageFolder(packed(root, tmp_path / "x.tar"), 32)) == 2
     assert "links: 2 (a/link.png)" in capsys.readouterr().err
     assert len(data.ImageFolder(zipped, 32)) == 4 and "links: 1 (a/z.png)" in capsys.readouterr().err
-    for name, content in {"x.tar.gz": b"", "gz.tar": zlib.compress(b"x"), "no.zip": b"", "x.png": b""}.items():
-        (tmp_path / name).write_bytes(content)
+    for name in ("x.tar.gz", "x.7z", "no.zip", "no.tar"):
+        (tmp_path / name).write_bytes(b"\x1f\x8b" * 999)
         with pytest.raises(ValueError, match=name):
             data.ImageFolder(tmp_path / name, 32)
     with pytest.raises(ValueError, match="deflate"):
@@ -268,7 +270,7 @@ def test_pictures_are_turned_whatever_else_their_exif_says(tmp_path, other):
     ("x.tif", RAMP.astype("f4"), RAMP * 255), ("x.tif", (RAMP * 255).astype("f4"), RAMP * 255),
     ("x.tif", (RAMP * 65535).astype("f4"), RAMP * 255), ("x.tif", (RAMP * 255).astype("i4"), RAMP * 255),
     ("x.tif", (RAMP * 65535).astype("i4"), RAMP * 255), ("x.tif", (RAMP * 9).astype("u2"), RAMP * 0),
-    ("x.png", (RAMP * 65535).astype("u2"), RAMP * 255), ("x.png", (RAMP * 200).astype("u2"), RAMP * 200 / 257),
+    ("x.png", (RAMP * 65535).astype("u2"), RAMP * 255), ("x.png", (RAMP * 200).astype("u2"), RAMP * 0),
     ("x.tif", RAMP.astype("f4") - 1, "-1 to 0"), ("x.tif", RAMP.astype("f4") * 1.5, "to 1.5"),
     ("x.tif", np.full((8, 8), np.nan, "f4"), "nan"), ("x.tif", (RAMP * 1e6).astype("i4"), "to 1e\\+06")])
 def test_deep_greys_are_scaled_by_their_range_or_refused_with_it(tmp_path, name, values, want):
@@ -286,30 +288,26 @@ def test_large_texts_and_pictures_are_read_and_bombs_are_not(tmp_path, monkeypat
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png", pnginfo=texts, icc_profile=bytes(2**21))
     texts.add_text("bomb", "x" * 2**27, zip=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "bomb.png", pnginfo=texts)
-    Image.new("1", (2**14, 2**13)).save(tmp_path / "large.png")
-    monkeypatch.setattr(data, "MAX_PIXELS", 2**27)  # a fourth of a GiB is enough for a test
+    Image.new("1", (2**10, 2**10)).save(tmp_path / "large.png")
+    assert data.MAX_PIXELS == 2**28
+    monkeypatch.setattr(data, "MAX_PIXELS", 2**20)  # quick
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert data.load_image(tmp_path / "x.png").size == (9, 9)
-        assert data.load_image(tmp_path / "large.png").size == (2**14, 2**13)
-    Image.new("1", (2**14, 2**13 + 1)).save(tmp_path / "large.png")
-    for name in ("large.png", "bomb.png"):
+        for name in ("x.png", "large.png"):
+            assert data.load_image(tmp_path / name)
+    Image.new("1", (2**10, 2**10 + 1)).save(tmp_path / "large.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")  # which a program would have to read
+    (tmp_path / "a.eps").rename(tmp_path / "eps.png")
+    for name in ("large.png", "bomb.png", "eps.png"):
         with pytest.raises(ValueError, match=name):
             data.load_image(tmp_path / name)
-
-
-def test_only_pictures_are_opened_whatever_their_suffix(tmp_path):
-    Image.new("RGB", (9, 9)).save(tmp_path / "x.eps")
-    (tmp_path / "x.eps").rename(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="x.png: not a readable image .*cannot identify"):
-        data.load_image(tmp_path / "x.png")
 
 
 def test_a_small_first_picture_is_said_to_be_scaled_up(pictures, capsys, monkeypatch):
     data.ImageFolder(pictures, 32)
     assert not capsys.readouterr().err
     data.ImageFolder(pictures, 256)
-    assert "a/0.png has 32 x 32 pixels and is scaled up to 256; want --image-size 32" in capsys.readouterr().err
+    assert "0.png has 32 x 32 pixels and is scaled up to 256; want --image-size 32" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     data.ImageFolder(pictures, 256)
     assert not capsys.readouterr().err
@@ -342,6 +340,7 @@ def test_one_percent_may_be_damaged_whatever_the_number_of_workers(tmp_path, cap
     with pytest.raises(ValueError, match="5 of 200 images") as error:
         read()
     assert all(files[i] in str(error.value) for i in damaged)  # all at once
+    traceback.clear_frames(error.tb)  # they hold the loader, whose workers would outlive the tests
 
 
 def test_damaged_files_fail_with_one_line(tmp_path):

@@ -76,9 +76,9 @@ def test_latents_of_pictures_replaced_in_place_or_of_another_precision_are_refus
     Image.new("RGB", (32, 32), "red").save(tmp_path / "other" / "a" / "0.png")
     run(encode, flags.replace(pictures, f"{tmp_path}/copy"))  # a copy elsewhere is the same
     assert json.loads((folder / "meta.json").read_text())["latents_hash"] == there["latents_hash"]
-    with pytest.raises(ValueError, match=f"images_hash {there['images_hash'][:12]} .*, this run [0-9a-f]+ "):
+    with pytest.raises(ValueError, match=f"images_hash {there['images_hash'][:12]}.*, not [0-9a-f]+;"):
         run(encode, flags.replace(pictures, f"{tmp_path}/other"))
-    with pytest.raises(ValueError, match="precision float32 .*, this run bfloat16 "):
+    with pytest.raises(ValueError, match="precision float32, not bfloat16"):
         run(encode, f"{flags} --dtype bf16")
 
 
@@ -138,12 +138,12 @@ def test_samples_are_written_as_numpy_writes_them_and_can_be_mapped(drawn, tmp_p
 KILLED = """
 import numpy, os, signal
 write, parts = numpy.savez, []
-def die(file, **arrays):
+def die(file, *arrays):
     parts.append(file)
     if len(parts) == 2:
         file.write(b"half a part")
         os.kill(os.getpid(), signal.SIGKILL)
-    write(file, **arrays)
+    write(file, *arrays)
 numpy.savez = die"""
 
 

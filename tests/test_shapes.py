@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from shapes import train
-from shapes.networks import load, load_judge, load_teacher
+from shapes.networks import load_judge, load_teacher
 from shapes.scenes import SHAPES, Shapes
 
 
@@ -108,20 +108,19 @@ def test_judge_knows_every_factor_also_of_soft_images():
 
 def test_training_writes_files_that_load(tmp_path, monkeypatch):
     """Few steps on few scenes; from the second step on, the teacher's own clusters are in the batch."""
-    for name, value in {"MINE_EVERY": 1, "CLUSTERS": 6, "PAIRS": 16}.items():
+    x = inputs(Shapes(200, 1), 200)
+    sizes = {"MINE_EVERY": 1, "CLUSTERS": 6, "PAIRS": 16, "SCENES": 200, "TEST": 20}
+    outputs = {f"measure_{name}": lambda net, test: {"size": sum(part.abs().sum().item() for part in net(x))}
+               for name in ("teacher", "judge")}
+    for name, value in (sizes | outputs).items():
         monkeypatch.setattr(train, name, value)
-    frames = [Shapes(200, 1, frame=k) for k in range(2)]
-    settings = {"steps": 3, "seed": 1, "device": torch.device("cpu"), "dtype": torch.float32}
-    teacher = train.train_teacher([frame.images for frame in frames], **settings)
-    judge = train.train_judge(frames[0], **settings)
-    x = inputs(frames[0], 200)
-    for net, config in ((teacher, {"dim": 128}), (judge, {"num_classes": 10, "num_attributes": 41})):
-        with torch.no_grad():
-            before = net(x)
-            train.save(tmp_path / "net.pt", net, config, {"good": 1.0}, train.parse_args([]))
-            after = load(tmp_path / "net.pt", type(net))(x)
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)  # the weights had been rounded before
-    assert after[0].shape == (200, 128) and after[1].shape == (200, 10)  # the judge's features and logits
+    flags = f"--steps 3 --judge-steps 3 --seed 1 --device cpu --dtype fp32 --out {tmp_path}"
+    train.main(flags.split())
+    for name, read in (("teacher", load_teacher), ("judge", load_judge)):
+        net, saved = read(tmp_path / f"{name}.pt"), torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        metrics = outputs[f"measure_{name}"](net, None)  # measured were the weights as the file has them
+        assert metrics["size"] == pytest.approx(saved["metrics"]["size"], rel=1e-5)
+    assert [part.shape for part in net(x)] == [(200, 128), (200, 10)]  # the judge's features and logits
 
 
 @pytest.mark.parametrize("wrong", [

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -171,8 +172,9 @@ def cli(main) -> None:
         code = report_error(error, 1)
     if code:
         sys.stdout.flush()
-        # At once. Peers may wait for this process in a collective (torchrun ends them when it is gone), and
-        # loader workers, which ignore SIGTERM, would be waited for.
+        for worker in multiprocessing.active_children():
+            worker.kill()  # loader workers ignore SIGTERM, and would be waited for
+        # At once: peers may wait for this process in a collective. torchrun ends them when it is gone.
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()

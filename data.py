@@ -296,7 +296,7 @@ def list_archive(path: Path, inner: tuple) -> list[tuple]:
     Raises ValueError for a damaged archive, and for names that lead out of it.
     """
     found = {}  # of a name that comes twice the last counts, as after unpacking
-    try:
+    with one_line(path, "want a .zip or a plain .tar: unpack it, or make a .zip of the pictures"):
         for name, size, where, link in (zip_members if is_zip(path) else tar_members)(path):
             parts = [part for part in name.split("/") if part not in ("", ".")]
             if name.startswith("/") or name[1:3] == ":/" or ".." in parts:
@@ -306,9 +306,6 @@ def list_archive(path: Path, inner: tuple) -> list[tuple]:
                 whys = [*(why_left_out(part, True) for part in folders), why_left_out(file, False)]
                 why = next((why for why in whys if why is not None), "links" if link else None)
                 found["/".join((*folders, file))] = size, where, why
-    except Exception as error:  # Python's readers raise anything on damaged archives
-        raise ValueError(f"{path}: not a .zip or plain .tar that can be read ({text_of(error)}); unpack it, "
-                         "or make a .zip of the pictures") from error
     return [(name, *rest) for name, rest in found.items()]
 
 
@@ -392,21 +389,16 @@ class ImageFiles:
         """
         if self.table is None:
             return None
-        file, want = self.root / "dataset.json", '{"labels": [["a/b.png", 0], ...]}, or null for the labels'
-        try:
-            with self.open_at(*self.table) as stream:
-                pairs = json.load(stream).get("labels") or []
+        with (one_line(self.root / "dataset.json", 'want {"labels": [["a/b.png", 0], ...]}, or no such file'),
+              self.open_at(*self.table) as stream):
+            pairs = json.load(stream).get("labels") or []
             table = {unicodedata.normalize("NFC", name): label for name, label in pairs}
             if len(table) < len(pairs) or not all(type(k) is int and 0 <= k < 2**20 for k in table.values()):
                 raise ValueError("a name comes twice, or a label is no class number")
-        except Exception as error:  # no JSON, another format, or nested too deeply
-            raise ValueError(f"{file}: {text_of(error)}; want {want}; mend it, or remove it") from error
-        names = {*self.names.tolist()} if table else set()
-        for fault, some in (("names without an image", table.keys() - names),
-                            ("images are not in it", names - table.keys())):
-            if some:
-                raise ValueError(f"{file}: {len(some)} {fault} ({min(some)}); mend it, or remove it")
-        return table
+            wrong = {*self.names.tolist()} ^ table.keys() if table else ()
+            if wrong:
+                raise ValueError(f"{len(wrong)} names are only there or only among the images: {min(wrong)}")
+            return table
 
 
 def find_images(folder, prefix: str = "") -> list[str]:
@@ -583,23 +575,20 @@ class ArrayImages:
     on_disk = False
 
     def __init__(self, path):
-        try:
+        with one_line(path, "want an npz or npy file of images, as of sample.py --npz"):
             file = np.load(path, mmap_mode="r", allow_pickle=False)
             if isinstance(file, np.ndarray):
                 self.images, labels = file, None
             elif "arr_0" in file.files:
                 self.images, labels = map_member(path, "arr_0"), file.get("arr_1")
             else:
-                raise ValueError(f"it has {', '.join(file.files)}, want images: arr_0, as of sample.py --npz")
-            labels = None if labels is None else np.asarray(labels).astype(np.int64)
-        except Exception as error:  # a damaged file makes zipfile and numpy raise many types
-            raise ValueError(f"{path}: not a whole npz or npy file of images ({text_of(error)})") from error
-        shape, dtype = tuple(self.images.shape), self.images.dtype
-        if len(shape) != 4 or dtype != np.uint8 or shape[3] != 3:
-            raise ValueError(f"{path}: images are {dtype} {shape}; want uint8 (N, H, W, 3)")
-        self.labels = np.full(shape[0], -1) if labels is None else labels
-        if self.labels.shape != shape[:1]:
-            raise ValueError(f"{path}: {shape[0]} images, but labels arr_1 {self.labels.shape}")
+                raise ValueError(f"it has {', '.join(file.files)}, and no arr_0")
+            shape, dtype = tuple(self.images.shape), self.images.dtype
+            if len(shape) != 4 or dtype != np.uint8 or shape[3] != 3:
+                raise ValueError(f"images are {dtype} {shape}, not uint8 (N, H, W, 3)")
+            self.labels = np.full(shape[0], -1) if labels is None else np.asarray(labels).astype(np.int64)
+            if self.labels.shape != shape[:1]:
+                raise ValueError(f"{shape[0]} images, but labels arr_1 {self.labels.shape}")
         self.image_size, self.name = shape[1], Path(path).stem
 
     def __len__(self):

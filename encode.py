@@ -68,7 +68,7 @@ def main(argv=None):
                   f"{len(dataset) * bytes_each / 2**30:.2f} GiB in {args.out}; VAE {path} "
                   f"({sum(p.numel() for p in vae.parameters()):,} parameters, {dtype})")
     if args.dry_run:
-        return None
+        return
 
     # What the latents are of: another VAE or other images must not get into the same folder.
     facts = {"vae": path, "vae_hash": checkpoints.state_hash(vae.state_dict()), "data": args.data,

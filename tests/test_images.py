@@ -108,14 +108,6 @@ def test_the_hash_tells_replaced_pictures_sizes_names_and_labels_but_not_places(
     assert hash_of(tmp_path / "many") != before
 
 
-def test_encode_refuses_the_latents_of_replaced_pictures(trained, tmp_path):
-    root = small.pictures(tmp_path / "set", n=4)
-    run(ENCODE, pictures=root, vae=trained.vae, tmp=tmp_path / "out")
-    small.pictures(tmp_path / "set", n=4, size=33)
-    with pytest.raises(ValueError, match="images"):
-        run(ENCODE, pictures=root, vae=trained.vae, tmp=tmp_path / "out")
-
-
 def test_what_is_left_out_is_said_once_by_kind_and_all_formats_are_read(tmp_path, capsys):
     root = small.pictures(tmp_path / "set")
     for name in ("a/x.jfif", "a/x.jpe", "b/x.ppm", "b/x.pgm", "b/x.PNM"):

@@ -17,6 +17,7 @@ The lists of the first two may be one folder deeper (Anno/, Eval/), and so may t
 means present; 0 and -1 mean absent, or unknown (DeepFashion). Letters: N images, A attributes.
 """
 import csv
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ class ListedImages(data.ImageFolder):
 
     def __init__(self, root, size: int, values: dict, names: list, class_names: list):
         self.attributes, self.attribute_names = np.stack(list(values.values())), names
-        self.class_names = class_names or ["unconditional"]
+        self.class_names = class_names or data.ONE_CLASS
         number = {name: k for k, name in enumerate(class_names)}
         labels = [number.get(file.partition("/")[0], 0) for file in values]
         self.set_files(root, size, list(values), labels)
@@ -54,8 +55,8 @@ def open_attributes(name: str, size: int, num_train: int = 0, seed: int = 0) -> 
     """
     if name == "shapes":
         return read_shapes(size, num_train or SHAPES_TRAIN)
-    readers = [reader for file, reader in READERS.items() if search(Path(name), file)]
-    splits = (readers or [read_folder])[0](Path(name), size)
+    known = [reader for file, reader in READERS.items() if search(Path(name), file)]
+    splits = [*known, read_folder][0](Path(name), size)
     images, train = splits["train"]
     if 0 < num_train < len(train):
         splits["train"] = images, np.sort(np.random.default_rng(seed).permutation(train)[:num_train])
@@ -79,38 +80,34 @@ def find(root: Path, pattern: str) -> Path:
     raise FileNotFoundError(f"{root}: no {pattern} in it; want the data set unpacked as it is published")
 
 
+def read_rows(path: Path):
+    """Yield (number, words) of each line that has any; of a .csv its cells. ValueError if it is no text."""
+    with data.one_line(path, "want text in UTF-8"), open(path, encoding="utf-8-sig") as lines:
+        rows = csv.reader(lines) if path.suffix == ".csv" else map(str.split, lines)
+        for number, row in enumerate(rows, 1):
+            words = [word.strip() for word in row]
+            if any(words[:1]):
+                yield number, words
+
+
 def read_list(path: Path, meaning: dict) -> tuple[list, dict]:
     """Return (header, {file: meanings of its words}) of a list with lines "file word word ...".
 
     The header is the last line before the first image file. Raises ValueError with file and line.
     """
-    header, entries, number = [], {}, 0
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                cells = next(csv.reader([line])) if path.suffix == ".csv" else line.split()
-                file, *words = [cell.strip() for cell in cells] or [""]
-                if file and not entries and not file.lower().endswith(data.SUFFIXES):
-                    header = [file, *words]
-                elif file:
-                    first = next(iter(entries.values()), words)
-                    if file in entries or len(words) != len(first):
-                        raise ValueError(f"{file} is listed twice, or has not {len(first)} values")
-                    entries[file] = np.array([meaning[word] for word in words])
-        if not entries:
-            raise ValueError("no image is listed up to here")
-    except (KeyError, ValueError, csv.Error) as error:  # a UnicodeDecodeError is a ValueError
-        raise ValueError(f"{path}, line {number}: {error}; want a file per line, then words among "
-                         f"{', '.join(meaning)} (text in UTF-8; commas in .csv)") from error
+    header, entries, advice = [], {}, f"want lines: file, then any of {', '.join(meaning)}; commas in .csv"
+    for number, (file, *words) in read_rows(path):
+        if not entries and not file.lower().endswith(data.SUFFIXES):
+            header = [file, *words]
+            continue
+        with data.one_line(f"{path}, line {number}", advice):
+            first = next(iter(entries.values()), words)
+            if file in entries or len(words) != len(first):
+                raise ValueError(f"{file} is listed twice, or has not {len(first)} values")
+            entries[file] = np.array([meaning[word] for word in words])
+    if not entries:
+        raise ValueError(f"{path}: no image is listed in it; {advice}")
     return header, entries
-
-
-def read_rows(path: Path) -> list[list[str]]:
-    """Return the words of each line that has any. Raises ValueError for a file that is no text."""
-    try:
-        return [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; want text in UTF-8") from error
 
 
 def shuffled_parts(files: list[str], seed=0) -> dict:
@@ -128,7 +125,7 @@ def join(root, size: int, values: dict, parts: dict, names: list, class_names=()
     """
     there = {*data.find_images(root)} & {*parts}
     kept = {file: value for file, value in values.items() if file in there}
-    lost = [file for file in values if file not in there]
+    lost = sorted(values.keys() - kept)
     if lost:
         note = f"{root}: {len(lost)} of {len(values)} listed images have no file or no split ({lost[0]})"
         if not kept or len(lost) > max(1, len(values) // 100):
@@ -163,8 +160,8 @@ def read_deepfashion(root: Path, size: int) -> dict:
     """DeepFashion: 1,000 attributes, here named type=name; its own train, val and test split."""
     values = read_list(find(root, "list_attr_img.txt"), VALUES)[1]
     parts = read_list(find(root, "list_eval_partition.txt"), PARTS)[1]
-    names = [f"{TYPES.get(code, code)}={' '.join(words)}"  # below a count and a header
-             for *words, code in read_rows(find(root, "list_attr_cloth.txt"))[2:]]
+    rows = list(read_rows(find(root, "list_attr_cloth.txt")))[2:]  # below a count and a header
+    names = [f"{TYPES.get(code, code)}={' '.join(words)}" for _, (*words, code) in rows]
     return join(find(root, "img").parent, size, values, parts, names)  # the listed paths begin with img/
 
 
@@ -174,9 +171,9 @@ def read_awa2(root: Path, size: int) -> dict:
     Its own split (trainclasses.txt, testclasses.txt) separates classes, for zero-shot learning. Here the
     images of every class are split: 70 % train, 10 % validation, 20 % test, by seed 0.
     """
-    classes, names = ([row[-1] for row in read_rows(find(root, f"{kind}.txt"))]  # "  1<tab>antelope"
+    classes, names = ([words[-1] for _, words in read_rows(find(root, f"{kind}.txt"))]  # "  1<tab>antelope"
                       for kind in ("classes", "predicates"))
-    matrix = read_rows(find(root, "predicate-matrix-binary.txt"))
+    matrix = [words for _, words in read_rows(find(root, "predicate-matrix-binary.txt"))]
     if len(matrix) != len(classes) or any(len(row) != len(names) or {*row} - {*VALUES} for row in matrix):
         raise ValueError(f"{root}: predicate-matrix-binary.txt is no table of 0 and 1 for {len(classes)} "
                          f"classes and {len(names)} predicates")
@@ -190,17 +187,14 @@ def read_awa2(root: Path, size: int) -> dict:
 
 def read_folder(root: Path, size: int) -> dict:
     """Images with attributes.csv, in class folders, or both; split as AwA2's classes, by seed 0."""
-    names, values = [], {}
-    try:
+    names, classes, values = [], [], {}
+    with suppress(ValueError):  # of folders train and val, or images beside folders: these are no classes
         folder = data.ImageFolder(root, size)
         classes = folder.class_names if folder.num_classes > 1 else []
-    except ValueError:  # folders train and val, or images beside folders: these are no classes
-        classes = []
+        values = {str(file): np.zeros(0, bool) for file in folder.files}
     if (root / "attributes.csv").is_file():
         header, values = read_list(root / "attributes.csv", VALUES)
         names = header[1:]
-    elif classes:
-        values = {str(file): np.zeros(0, bool) for file in folder.files}
     if not names and not classes:
         raise ValueError(f"{root}: nothing to probe; want attributes.csv, a folder per class, or CelebA, "
                          "DeepFashion or AwA2 as they are published")

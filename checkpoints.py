@@ -412,6 +412,7 @@ def load_mapper(path) -> Mapper:
     saved = read_own(path)
     if not saved.get("mapper"):
         raise ValueError(f"{path}: no mapper in it; want a checkpoint of train_vae.py, without --align 0")
+    import timm  # noqa: F401  (torch 2.6 cannot import it under the device "meta", where `build` would)
     cfg = config_of(MapperConfig, saved["mapper_config"], path)
     return build(lambda: Mapper(cfg), saved["mapper"], path, "its own mapper_config")
 

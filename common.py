@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,25 +95,28 @@ LOCKS = {}  # the lock files of this process; closing one would give its lock up
 def claim(folder, proc: Proc) -> None:
     """Make `folder` this run's own until the process ends, in whatever way; remove a killed run's leftovers.
 
-    Rank 0 does it for all. Raises ValueError if another run writes there, or if nobody can.
+    Rank 0 does it for all, which wait. Raises ValueError if another run writes there, or if nobody can.
     """
     if not proc.main:
-        return
+        return barrier()
     folder = Path(folder).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = LOCKS[folder] = LOCKS.get(folder) or open(folder / ".lock", "w")
-        with suppress(ModuleNotFoundError):  # Windows has none: a second run is not noticed there
+        try:
             import fcntl
             # A record lock: loader workers do not inherit it, so it ends with this process.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another run writes there; wait, or give another --out") from None
+        except (ModuleNotFoundError, OSError):  # Windows; Lustre without -o flock
+            print(f"warning: {folder} has no locks: a second run into it would not be noticed")
         for file in folder.glob(".*.tmp"):
             file.unlink()
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another run writes there; wait, or give another --out") from None
     except OSError as error:
         raise ValueError(f"{folder}: nothing can be written there ({error.strerror}); give another "
                          f"--out") from error
+    barrier()
 
 
 def distribute(module: nn.Module, proc: Proc) -> nn.Module:

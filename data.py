@@ -11,6 +11,7 @@
 * Latents on disk are raw posterior moments [mean | std], 2C channels. `sample_latents` draws z from them,
   `normalize_latents` scales it per channel by the statistics kept beside them; nothing else knows a scale.
 """
+import atexit
 import contextlib
 import difflib
 import functools
@@ -19,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -699,6 +701,10 @@ def eval_loader(dataset, batch_size: int, proc=None, workers: int = 4, indices=N
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = EvalBatches(dataset, indices, batch_size, proc)
     return loader_of(batches, range(len(batches)), workers)
+
+
+# Loader workers ignore SIGTERM, by which Python ends its children: it would wait for them for ever.
+atexit.register(lambda: [process.kill() for process in multiprocessing.active_children() if process.daemon])
 
 
 def loader_of(batches, order, workers: int) -> DataLoader:

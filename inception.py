@@ -104,6 +104,7 @@ def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
 
     Also raises ValueError if there is no such file, or something else in it.
     """
+    import timm  # noqa: F401  (torch 2.6 cannot import it under the device "meta")
     path = find_inception(weights)
     with torch.device("meta"):  # no time spent on initial weights
         net = FIDInception(resize)

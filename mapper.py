@@ -92,7 +92,7 @@ def timm_network(name: str, flag: str, weights=None, overlay=None, **kwargs) -> 
     if weights is not None and not os.path.isfile(weights):
         raise FileNotFoundError(f"{flag}-weights {weights}: no such file; want the weights of {name}, "
                                 f"huggingface.co/timm/{name}")
-    overlay = {**(overlay or {}), **({"file": str(weights)} if weights else {})}
+    overlay = {**(overlay or {}), **({"file": str(weights), "custom_load": False} if weights else {})}
     load = dict(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     try:
         try:

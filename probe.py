@@ -316,8 +316,7 @@ def draw_pca(path, vaes, labels, images: Tensor, teacher_weights, device) -> lis
             strips[f"{label}: mapper"] = colour_tokens(tokens, size)
             teachers[own["teacher"]] = math.isqrt(tokens.shape[1])
     for name, grid in teachers.items():
-        tokens = Teacher(name, grid, teacher_weights).to(device)(x)
-        strips[f"teacher {name}"] = colour_tokens(tokens, size)
+        strips[f"teacher {name}"] = colour_tokens(Teacher(name, grid, teacher_weights).to(device)(x), size)
     data.save_grid(path, torch.cat(list(strips.values())), columns=len(images), scale=max(1, 96 // size))
     return list(strips)
 

@@ -108,6 +108,7 @@ def test_inception_score_equals_adm_and_torch_fidelity(name):
 @functools.cache
 def network(table):
     """Return Inception with a table of weights, filled as the manifest says."""
+    import timm  # noqa: F401  (torch 2.6 cannot import it under the device "meta")
     with torch.device("meta"):
         net = inception.FIDInception()
     return fill_by_name(net.to_empty(device="cpu").eval(), INCEPTION, table, ACTIVATIONS)

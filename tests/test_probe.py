@@ -203,16 +203,18 @@ def test_command_compares_vaes_side_by_side(folder, tmp_path, capsys):
 def test_features_are_posterior_means_and_mean_tokens_without_noise_or_label():
     """In batches of 100; the noise of the SiT depends on the image alone."""
     args = probe.parse_args(["--block", "1", "--t", "0.25", *CPU])
-    nets = probe.Networks(small_vae(), small_mapper(), small_sit(), torch.zeros(4), torch.ones(4))
+    nets = {"vae": small_vae(), "mapper": small_mapper(), "sit": small_sit(),
+            "statistics": (torch.zeros(4), torch.ones(4))}
     images, indices = attributes.open_attributes("shapes", 16)["val"]
     index, features = probe.encode(images, indices, nets, args, torch.device("cpu"), torch.float32)
     assert index.tolist() == list(range(600, 750))
     with torch.no_grad():
-        z = nets.vae.encode(data.to_float(Shapes(750, 0, "train", 16).batch(range(600, 750))["images"])).mean
-        tokens = nets.mapper(z, torch.zeros(150), torch.zeros_like(z))
+        shown = Shapes(750, 0, "train", 16).batch(range(600, 750))["images"]
+        z = nets["vae"].encode(data.to_float(shown)).mean
+        tokens = nets["mapper"](z, torch.zeros(150), torch.zeros_like(z))
         z_t = 0.75 * z + 0.25 * common.noise_for(z.shape[1:], range(600, 750), "cpu", 0, "probe")
-        no_label = torch.full((150,), nets.sit.null_label)  # the true label would leak the answer
-        noised = nets.sit.features(z_t, torch.full((150,), 0.25), no_label, 1)
+        no_label = torch.full((150,), nets["sit"].null_label)  # the true label would leak the answer
+        noised = nets["sit"].features(z_t, torch.full((150,), 0.25), no_label, 1)
     expected = {"flat": z.flatten(1), "pooled": z.mean((2, 3)), "mapper": tokens.mean(1),
                 "sit": noised.mean(1)}
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)

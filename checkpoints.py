@@ -90,8 +90,11 @@ def digest(value) -> str:
 def keep_for_latents(path) -> None:
     """Mark a checkpoint of ours as needed by latents: more training will not delete it."""
     if re.fullmatch(r"ckpt_\d+\.pt", Path(path).name):
-        Path(path).with_suffix(".keep").touch()
-        common.print0(f"{path} stays, whatever --keep says: these latents need it to be decoded")
+        try:
+            Path(path).with_suffix(".keep").touch()
+            common.print0(f"{path} stays, whatever --keep says: these latents need it to be decoded")
+        except OSError as error:  # a folder of somebody else
+            common.print0(f"warning: {path} cannot be marked as needed ({error.strerror}); keep it yourself")
 
 
 def checkpoints_in(folder) -> dict[int, Path]:

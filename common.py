@@ -568,6 +568,7 @@ class Progress:
         self.seconds, self.waited, self.last_read, self.shown = 0.0, 0.0, step, {}
         self.stopping = self.signalled = 0  # the number of the signal
         self.next_look, self.looked, self.must_save, self.saved = step, time.monotonic(), False, step
+        self.last_look = step
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.file, self.bar, self.sinks, self.logged = None, None, [], set()
@@ -607,7 +608,7 @@ class Progress:
             except (ValueError, TypeError):
                 break
             step = row.get("step", 0)
-            if step > self.step or "config" in row and step == self.step:
+            if not line.endswith(b"\n") or step > self.step or "config" in row and step == self.step:
                 break
             end += len(line)
             self.logged |= row.keys() if step == self.step else set()
@@ -644,6 +645,7 @@ class Progress:
             self.file.close()
         if self.stopping and self.step < self.num_steps:
             print0(f"stopped by a signal, saved at step {self.saved}; the same command continues")
+            barrier()  # torchrun ends the others 30 s after the first has left: rank 0 may still save
             raise SystemExit(128 + self.stopping)
         if self.must_save:
             raise RunStopped(f"the last steps of {self.step} were skipped, and are not saved: the newest "
@@ -748,7 +750,9 @@ class Progress:
             dist.all_reduce(news, op=dist.ReduceOp.MAX)
             signalled, seconds = news.tolist()
             self.stopping = int(signalled)
-            self.next_look = self.step + (10 if seconds < 5 else 1)
+            # The time since the last look: of the one step after it, or of ten.
+            slow = seconds > 0.5 * (self.step - self.last_look)
+            self.last_look, self.next_look = self.step, self.step + (1 if slow else 10)
 
     def due(self, every: int) -> bool:
         """Whether to do now what is done every so many steps and at the last one (0: only then)."""

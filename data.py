@@ -1020,7 +1020,8 @@ class Parts(Shards):
         if file.is_file():
             read_facts(file, settings, f"finish that command, give another --out, or remove {self.path}")
         else:
-            shutil.rmtree(self.path, ignore_errors=True)  # nobody knows what such parts are
+            if any(self.path.glob("[!.]*")):  # this folder is removed in the end
+                raise ValueError(f"{self.path} holds files of others; give another --out")
             write_facts(file, settings)
         return self.missing()
 

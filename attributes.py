@@ -35,15 +35,17 @@ TYPES = {"1": "texture", "2": "fabric", "3": "shape", "4": "part", "5": "style"}
 class ListedImages(data.ImageFolder):
     """The images of a list, with .attributes (N, A) bool and .attribute_names, as the embedded set has them.
 
-    values: {file: (A,)}. The class of an image is its first folder, if there are class names.
+    source: the images that are there. values: {file: (A,)} of those to take, in this order. The class of an
+    image is its first folder, if there are class names.
     """
 
-    def __init__(self, root, size: int, values: dict, names: list, class_names: list):
+    def __init__(self, source: data.ImageFiles, size: int, values: dict, names: list, class_names: list):
         self.attributes, self.attribute_names = np.stack(list(values.values())), names
         self.class_names = class_names or data.ONE_CLASS
         number = {name: k for k, name in enumerate(class_names)}
         labels = [number.get(file.partition("/")[0], 0) for file in values]
-        self.set_files(root, size, list(values), labels)
+        source.take(list(values))
+        self.set_files(source, size, labels)
 
 
 def open_attributes(name: str, size: int, num_train: int = 0, seed: int = 0) -> dict:
@@ -123,7 +125,8 @@ def join(root, size: int, values: dict, parts: dict, names: list, class_names=()
     values {file: (A,)}, parts {file: split}. Raises ValueError if they are more than 1 % (one is always
     allowed), or if there are not as many names as values.
     """
-    there = {*data.find_images(root)} & {*parts}
+    source = data.ImageFiles(root)
+    there = {*source.names.tolist()} & {*parts}
     kept = {file: value for file, value in values.items() if file in there}
     lost = sorted(values.keys() - kept)
     if lost:
@@ -131,7 +134,7 @@ def join(root, size: int, values: dict, parts: dict, names: list, class_names=()
         if not kept or len(lost) > max(1, len(values) // 100):
             raise ValueError(f"{note}; want 1 % or less: fetch them, or cut the list")
         print(f"{note}; left out")
-    images = ListedImages(root, size, kept, list(names), list(class_names))
+    images = ListedImages(source, size, kept, list(names), list(class_names))
     if images.attributes.shape[1] != len(names):
         raise ValueError(f"{root}: {images.attributes.shape[1]} values per image, {len(names)} names of them")
     split_of = np.array([parts[file] for file in kept]).ravel()

@@ -61,10 +61,13 @@ def save(folder, step: int, state: dict, keep: int) -> None:
     Files of a higher step are damaged (we would have continued from them): they stay, for inspection. So does
     one that latents name.
     """
-    # Our digest takes the place of the zip's, which would double the time of a save.
+    state = state | {"digest": digest(state)}
+    # It takes the place of the zip's checksums, which would double the time of a save.
     torch.serialization.set_crc32_options(False)
-    save_file(Path(folder) / f"ckpt_{step:07d}.pt", state | {"digest": digest(state)})
-    torch.serialization.set_crc32_options(True)
+    try:
+        save_file(Path(folder) / f"ckpt_{step:07d}.pt", state)
+    finally:
+        torch.serialization.set_crc32_options(True)
     files = checkpoints_in(folder)
     for number in sorted(number for number in files if number <= step)[:-keep]:
         if not files[number].with_suffix(".keep").exists():

@@ -3,7 +3,7 @@
 * One process without a launcher, many under torchrun; `setup()` reads torchrun's variables and nothing else.
 * Randomness is a function of (seed, stream, step, row of the global batch), not of world size or micro-batch.
 * A training step does not wait for the device: numbers stay there until they are logged. Only the question
-  whether a signal has come waits, every 10 steps of several processes.
+  whether a signal has come waits, every 10 steps of several processes, or in each that takes over 0.5 s.
 """
 import argparse
 import hashlib
@@ -546,7 +546,7 @@ class Progress:
         for step, batches in progress.steps(loader, accum):     # counts from 1; ends after SIGTERM, too
             terms, skipped = train_step(...)
             progress.record(terms, skipped)
-            if progress.due(args.save_every): ...
+            if progress.should_save(): ...
 
     The stopwatch runs from asking for the batches to the end of `record`: evaluation and saving, which come
     after, do not count.
@@ -567,8 +567,7 @@ class Progress:
         self.worst_streak = torch.zeros((), device=proc.device)
         self.seconds, self.waited, self.last_read, self.shown = 0.0, 0.0, step, {}
         self.stopping = self.signalled = 0  # the number of the signal
-        self.next_look, self.looked, self.must_save, self.saved = step, time.monotonic(), False, step
-        self.last_look = step
+        self.next_look, self.looked, self.must_save, self.saved = step, (step, time.monotonic()), False, step
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.file, self.bar, self.sinks, self.logged = None, None, [], set()
@@ -745,14 +744,13 @@ class Progress:
         if self.proc.world == 1:
             self.stopping = self.signalled
         elif self.step >= self.next_look:
-            seconds, self.looked = time.monotonic() - self.looked, time.monotonic()
+            (step, then), self.looked = self.looked, (self.step, time.monotonic())
+            seconds = (self.looked[1] - then) / (self.step - step)  # of one step
             news = torch.tensor([self.signalled, seconds], dtype=torch.float32, device=self.proc.device)
             dist.all_reduce(news, op=dist.ReduceOp.MAX)
             signalled, seconds = news.tolist()
             self.stopping = int(signalled)
-            # The time since the last look: of the one step after it, or of ten.
-            slow = seconds > 0.5 * (self.step - self.last_look)
-            self.last_look, self.next_look = self.step, self.step + (1 if slow else 10)
+            self.next_look = self.step + (1 if seconds > 0.5 else 10)
 
     def due(self, every: int) -> bool:
         """Whether to do now what is done every so many steps and at the last one (0: only then)."""

@@ -478,21 +478,18 @@ class ImageFolder:
             self.class_names, labels = find_labels(files, class_names)
         if files.left_out:
             note(f"{root}: left out are {files.left_out}")
-        self.set_files(root, size, files.names.tolist(), labels, files)
+        self.set_files(files, size, labels)
 
-    def set_files(self, root, size: int, names: list[str], labels, source: ImageFiles | None = None) -> None:
-        """Take over the images of these names below `root`, with their labels; source: all that are there."""
-        if source is None:
-            source = ImageFiles(root)
-            source.take(names)
-        self.root, self.image_size, self.num_classes = Path(root), size, len(self.class_names)
+    def set_files(self, source: ImageFiles, size: int, labels) -> None:
+        """Take over all images of `source`, with their labels."""
+        self.root, self.image_size, self.num_classes = source.root, size, len(self.class_names)
         self.source, self.files, self.labels = source, source.names, np.array(labels, dtype=np.int64)
-        self.is_corrupt = torch.zeros(len(names), dtype=torch.uint8).share_memory_()  # by the workers
+        self.is_corrupt = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # by the workers
         with contextlib.suppress(ValueError):
             w, h = self.decode(0).size
             if min(w, h) < size:
-                note(f"{root}: {names[0]} has {w} x {h} pixels and is scaled up to {size}; want --image-size "
-                     f"{min(w, h)} for pictures of this size")
+                note(f"{self.root}: {self.files[0]} has {w} x {h} pixels and is scaled up to {size}; want "
+                     f"--image-size {min(w, h)} for pictures of this size")
 
     def __len__(self):
         return len(self.files)

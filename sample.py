@@ -7,7 +7,7 @@
 Image i is a function of (seed, i) on one type of device: up to rounding not of batch size, processes, threads
 and --num. On a CPU it is equal bit for bit on any number of processes, if --batch-size and threads are equal
 and its batch is as long. protocol.json beside the samples says all that they depend on. The same command
-continues after a stop, as does one with a larger --num: the batches that are done wait in OUT/parts.
+continues after a stop, also with a larger --num: the batches that are done wait in OUT/parts.
 """
 import hashlib
 import math

@@ -203,6 +203,25 @@ def test_a_signal_ends_the_loop_and_its_echo_does_no_harm(progress_of, number, c
         os.kill(os.getpid(), number)
 
 
+@pytest.mark.parametrize("seconds, looks", [(4.9, [1, 2, 3, 4, 5, 6]), (0.01, [1, 11, 21])])
+def test_slow_steps_are_looked_at_one_by_one_for_a_signal_to_any_process(
+        progress_of, monkeypatch, seconds, looks):
+    """torchrun kills 30 s after its signal. The other process asks to stop in the last look."""
+    progress, now, seen = progress_of(), [100.0], []
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    progress.proc, progress.looked = common.Proc(0, 2, torch.device("cpu")), (0, now[0])
+
+    def all_reduce(news, op):
+        seen.append(progress.step)
+        news[0] = max(news[0], 15 * (len(seen) == len(looks)))
+    monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
+    while not progress.stopping:
+        progress.step += 1
+        now[0] += seconds
+        progress.agree_to_stop()
+    assert seen == looks and progress.stopping == 15
+
+
 def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_term(progress_of):
     """Also where the row of the log comes after the streak."""
     flags, terms = "--stop-after-bad 3 --log-every", [{"lr": 0.1, "rec": math.nan}]

@@ -39,13 +39,12 @@ class ListedImages(data.ImageFolder):
     image is its first folder, if there are class names.
     """
 
-    def __init__(self, source: data.ImageFiles, size: int, values: dict, names: list, class_names: list):
+    def __init__(self, source: data.ImageFiles, size: int, values: dict, names: list, class_names):
         self.attributes, self.attribute_names = np.stack(list(values.values())), names
         self.class_names = class_names or data.ONE_CLASS
         number = {name: k for k, name in enumerate(class_names)}
-        labels = [number.get(file.partition("/")[0], 0) for file in values]
         source.take(list(values))
-        self.set_files(source, size, labels)
+        self.set_files(source, size, [number.get(file.partition("/")[0], 0) for file in values])
 
 
 def open_attributes(name: str, size: int, num_train: int = 0, seed: int = 0) -> dict:
@@ -57,13 +56,12 @@ def open_attributes(name: str, size: int, num_train: int = 0, seed: int = 0) -> 
     """
     if name == "shapes":
         return read_shapes(size, num_train or SHAPES_TRAIN)
-    known = [reader for file, reader in READERS.items() if search(Path(name), file)]
-    splits = [*known, read_folder][0](Path(name), size)
+    reader = next((READERS[file] for file in READERS if search(Path(name), file)), read_folder)
+    splits = reader(Path(name), size)
     images, train = splits["train"]
-    if 0 < num_train < len(train):
-        splits["train"] = images, np.sort(np.random.default_rng(seed).permutation(train)[:num_train])
-    for split, (_, indices) in splits.items():
-        if not len(indices):
+    splits["train"] = images, np.sort(np.random.default_rng(seed).permutation(train)[:num_train or None])
+    for split in SPLITS:
+        if not len(splits[split][1]):
             raise ValueError(f"{name}: no image in the {split} split; want more images")
     return splits
 
@@ -87,9 +85,8 @@ def read_rows(path: Path):
     with data.one_line(path, "want text in UTF-8"), open(path, encoding="utf-8-sig") as lines:
         rows = csv.reader(lines) if path.suffix == ".csv" else map(str.split, lines)
         for number, row in enumerate(rows, 1):
-            words = [word.strip() for word in row]
-            if any(words[:1]):
-                yield number, words
+            if "".join(row[:1]).strip():
+                yield number, [word.strip() for word in row]
 
 
 def read_list(path: Path, meaning: dict) -> tuple[list, dict]:
@@ -99,6 +96,7 @@ def read_list(path: Path, meaning: dict) -> tuple[list, dict]:
     """
     header, entries, advice = [], {}, f"want lines: file, then any of {', '.join(meaning)}; commas in .csv"
     for number, (file, *words) in read_rows(path):
+        file = data.normal(file)
         if not entries and not file.lower().endswith(data.SUFFIXES):
             header = [file, *words]
             continue
@@ -115,8 +113,8 @@ def read_list(path: Path, meaning: dict) -> tuple[list, dict]:
 def shuffled_parts(files: list[str], seed=0) -> dict:
     """Return {file: split}: 70 % train, 10 % validation, 20 % test, drawn by seed."""
     n, order = len(files), np.random.default_rng(seed).permutation(len(files))
-    cuts = np.split(order, [7 * n // 10, 8 * n // 10])
-    return {files[i]: split for split, part in zip(SPLITS, cuts) for i in part}
+    parts = zip(SPLITS, np.split(order, [7 * n // 10, 8 * n // 10]))
+    return {files[i]: split for split, part in parts for i in part}
 
 
 def join(root, size: int, values: dict, parts: dict, names: list, class_names=()) -> dict:
@@ -134,16 +132,16 @@ def join(root, size: int, values: dict, parts: dict, names: list, class_names=()
         if not kept or len(lost) > max(1, len(values) // 100):
             raise ValueError(f"{note}; want 1 % or less: fetch them, or cut the list")
         print(f"{note}; left out")
-    images = ListedImages(source, size, kept, list(names), list(class_names))
+    images = ListedImages(source, size, kept, names, class_names)
     if images.attributes.shape[1] != len(names):
         raise ValueError(f"{root}: {images.attributes.shape[1]} values per image, {len(names)} names of them")
-    split_of = np.array([parts[file] for file in kept]).ravel()
+    split_of = np.array([parts[file] for file in kept])
     return {split: (images, np.flatnonzero(split_of == split)) for split in SPLITS}
 
 
 # the readers
 
-def read_shapes(size: int, num: int) -> dict:
+def read_shapes(size, num) -> dict:
     """The embedded set: train and validation images of its train split, test images of its val split."""
     from shapes.scenes import Shapes
     train, test = Shapes(num + num // 4, 0, "train", size), data.open_dataset("shapes", size, "val")
@@ -151,7 +149,7 @@ def read_shapes(size: int, num: int) -> dict:
             "test": (test, np.arange(len(test)))}
 
 
-def read_celeba(root: Path, size: int) -> dict:
+def read_celeba(root: Path, size) -> dict:
     """CelebA: 40 attributes, the official partition (0 train, 1 validation, 2 test), the aligned images."""
     header, values = read_list(find(root, "list_attr_celeba.*"), VALUES)
     parts = read_list(find(root, "list_eval_partition.*"), PARTS)[1]
@@ -159,7 +157,7 @@ def read_celeba(root: Path, size: int) -> dict:
     return join(find(root, "img_align_celeba"), size, values, parts, names)
 
 
-def read_deepfashion(root: Path, size: int) -> dict:
+def read_deepfashion(root: Path, size) -> dict:
     """DeepFashion: 1,000 attributes, here named type=name; its own train, val and test split."""
     values = read_list(find(root, "list_attr_img.txt"), VALUES)[1]
     parts = read_list(find(root, "list_eval_partition.txt"), PARTS)[1]
@@ -168,7 +166,7 @@ def read_deepfashion(root: Path, size: int) -> dict:
     return join(find(root, "img").parent, size, values, parts, names)  # the listed paths begin with img/
 
 
-def read_awa2(root: Path, size: int) -> dict:
+def read_awa2(root: Path, size) -> dict:
     """AwA2: an image has the 85 attributes of its class; 50 classes.
 
     Its own split (trainclasses.txt, testclasses.txt) separates classes, for zero-shot learning. Here the
@@ -178,29 +176,27 @@ def read_awa2(root: Path, size: int) -> dict:
                       for kind in ("classes", "predicates"))
     matrix = [words for _, words in read_rows(find(root, "predicate-matrix-binary.txt"))]
     if len(matrix) != len(classes) or any(len(row) != len(names) or {*row} - {*VALUES} for row in matrix):
-        raise ValueError(f"{root}: predicate-matrix-binary.txt is no table of 0 and 1 for {len(classes)} "
-                         f"classes and {len(names)} predicates")
+        raise ValueError(f"{root}: predicate-matrix-binary.txt is not {len(classes)} x {len(names)} of 0, 1")
     pictures, values, parts = find(root, "JPEGImages"), {}, {}
     for k, name in enumerate(classes):
-        files = data.find_images(pictures / name, f"{name}/")
+        files = [f"{name}/{file}" for file in data.ImageFiles(pictures / name).names.tolist()]
         values |= dict.fromkeys(files, np.array([VALUES[word] for word in matrix[k]]))
         parts |= shuffled_parts(files, (0, k))
     return join(pictures, size, values, parts, names, classes)
 
 
-def read_folder(root: Path, size: int) -> dict:
+def read_folder(root: Path, size) -> dict:
     """Images with attributes.csv, in class folders, or both; split as AwA2's classes, by seed 0."""
     names, classes, values = [], [], {}
     with suppress(ValueError):  # of folders train and val, or images beside folders: these are no classes
         folder = data.ImageFolder(root, size)
         classes = folder.class_names if folder.num_classes > 1 else []
-        values = {str(file): np.zeros(0, bool) for file in folder.files}
+        values = dict.fromkeys(folder.files.tolist(), np.zeros(0, bool))
     if (root / "attributes.csv").is_file():
         header, values = read_list(root / "attributes.csv", VALUES)
         names = header[1:]
     if not names and not classes:
-        raise ValueError(f"{root}: nothing to probe; want attributes.csv, a folder per class, or CelebA, "
-                         "DeepFashion or AwA2 as they are published")
+        raise ValueError(f"{root}: nothing to probe; want attributes.csv, class folders, or a published set")
     return join(root, size, values, shuffled_parts(sorted(values)), names, classes)
 
 

@@ -59,10 +59,9 @@ def make_step(stage: str, args, proc):
     vae, size = VAE(VAE_SIZES[args.vae]).eval(), args.batch_size
     channels, side = vae.config.z_channels, args.image_size // vae.stride
     # What data.LatentFolder knows of latents, and a batch as the loaders make it.
-    facts = {"channels": channels, "latent_size": (side, side), "num_classes": 1000,
-             "mean": [0.0] * channels, "std": [1.0] * channels}
-    latents = SimpleNamespace(facts=facts, num_classes=1000, mean=torch.zeros(channels),
-                              std=torch.ones(channels))
+    mean, std = [0.0] * channels, [1.0] * channels
+    facts = {"channels": channels, "latent_size": (side, side), "num_classes": 1000, "mean": mean, "std": std}
+    latents = SimpleNamespace(facts=facts, num_classes=1000, mean=torch.tensor(mean), std=torch.tensor(std))
     images = torch.randint(256, (size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
     batch = {"images": images, "moments": torch.rand(size, 2 * channels, side, side, device=device),
              "labels": torch.randint(1000, (size,), device=device), "rows": torch.arange(size)}

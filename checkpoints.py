@@ -22,6 +22,8 @@ import json
 import os
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,33 +63,12 @@ def save(folder, step: int, state: dict, keep: int) -> None:
     Files of a higher step are damaged (we would have continued from them): they stay, for inspection. So does
     one that latents name.
     """
-    state = state | {"digest": digest(state)}
-    # It takes the place of the zip's checksums, which would double the time of a save.
-    torch.serialization.set_crc32_options(False)
-    try:
-        save_file(Path(folder) / f"ckpt_{step:07d}.pt", state)
-    finally:
-        torch.serialization.set_crc32_options(True)
+    save_file(Path(folder) / f"ckpt_{step:07d}.pt", state)
     files = checkpoints_in(folder)
     for number in sorted(number for number in files if number <= step)[:-keep]:
         if not files[number].with_suffix(".keep").exists():
             files[number].unlink()
 
-
-def digest(value) -> str:
-    """Return a hash of nested dicts, lists, tensors and plain values that shows a flipped bit.
-
-    Of a tensor it takes the sum of its bits as integers: at the speed of memory.
-    """
-    if isinstance(value, dict):
-        value = [[str(key), digest(part)] for key, part in value.items()]
-    elif isinstance(value, (list, tuple)):
-        value = [digest(part) for part in value]
-    elif isinstance(value, Tensor):
-        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        whole = len(bits) // 8 * 8
-        value = [value.dtype, value.shape, bits[:whole].view(torch.int64).sum().item(), bits[whole:].tolist()]
-    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def keep_for_latents(path) -> None:
@@ -95,7 +76,6 @@ def keep_for_latents(path) -> None:
     if re.fullmatch(r"ckpt_\d+\.pt", Path(path).name):
         try:
             Path(path).with_suffix(".keep").touch()
-            common.print0(f"{path} stays, whatever --keep says: these latents need it to be decoded")
         except OSError as error:  # a folder of somebody else
             common.print0(f"warning: {path} cannot be marked as needed ({error.strerror}); keep it yourself")
 
@@ -121,9 +101,6 @@ def newest(folder, kind: str | None = None) -> dict | None:
         if kind and saved.get("format") != kind:
             raise ValueError(f"{files[step]}: is {saved.get('format')}, wanted {kind}; use another --out")
         return {**saved, "path": str(files[step])}
-    if files:
-        common.print0(f"warning: none of the checkpoints in {folder} can be read"
-                      + ("; starting anew at step 0" if kind else ""))
     return None
 
 
@@ -187,9 +164,8 @@ class Nothing:
 
 # Classes beside the weights: Lightning's callbacks, OmegaConf's configurations, numpy's scalars.
 # Newer releases of torch name those of builtins without their module.
-INERT = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|pathlib|typing)\.[\w.]+|"
-                   r"collections\.defaultdict|numpy\.(dtype|_?core\.multiarray\.scalar)|"
-                   r"dict|list|tuple|str|int|float|bool")
+INERT = re.compile(r"((pytorch_)?lightning(_fabric)?|omegaconf|pathlib|typing)\.[\w.]+|numpy\.dtype|numpy\."
+                   r"_?core\.multiarray\.scalar|collections\.defaultdict|dict|list|tuple|str|int|float|bool")
 
 
 def load_tensors(path, mmap: bool):
@@ -207,7 +183,8 @@ def load_tensors(path, mmap: bool):
             if not INERT.fullmatch(name[1] or ""):
                 reason = f"it could run code: {name[0]}" if name[0] else "damaged?"
                 raise ValueError(f"{path}: not loaded ({reason}); want a dict of tensors") from error
-            allowed.append((Nothing, name[1] if "." in name[1] else f"builtins.{name[1]}"))
+            stand_in = OrderedDict if name[1].endswith("Dict") else Nothing  # torch fills no other dicts
+            allowed.append((stand_in, name[1] if "." in name[1] else f"builtins.{name[1]}"))
 
 
 @one_line
@@ -221,9 +198,8 @@ def read_file(path) -> dict:
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as error:
-        name = f"{path}/{DIFFUSERS_FILES[0]}" if str(path).startswith("stabilityai/") else "OWNER/REPO/FILE"
-        raise FileNotFoundError(f"{path}: {error.strerror}; train first, give a weight file, or write "
-                                f"hf://{name} for one on the hub") from error
+        raise FileNotFoundError(f"{path}: {error.strerror}; train first (train_vae.py, train_sit.py), give a "
+                                f"weight file, or hf://OWNER/REPO/FILE for one on the hub") from error
     if not head or head.lstrip().startswith((b"<", b"version https://git-lfs")):
         raise ValueError(f"{path}: empty, a web page or a Git LFS pointer; download the file itself")
     if Path(path).suffix == ".json":
@@ -231,30 +207,22 @@ def read_file(path) -> dict:
     if Path(path).suffix == ".safetensors":
         return load_file(path)
     content = {**load_tensors(path, mmap=head.startswith(b"PK"))}  # TypeError unless it is a dict
-    if content.pop("digest", None) not in (None, digest(content)):
-        raise ValueError("its digest is of other content; whoever edits a checkpoint leaves the digest out")
+    ours = content.get("format") in (VAE, SIT) or Path(path).name.startswith("ckpt_")
+    if ours and zipfile.ZipFile(path).testzip():  # torch compares no checksums
+        raise ValueError("a part of it has another checksum than it was written with")
     return content
 
 
 # what a file holds
 
-# pattern of a tensor's name -> what the file is; the first match counts
-KNOWN = (
-    (r"latents_(scale|bias)$|^mean$", "latent statistics, for --latent-stats"),
-    (r"\.mlp\.w12\.", "LightningDiT's network or another with SwiGLU, which sit.py does not have"),
-    (r"^encoder\.", "a VAE, for --vae or --init"),
-    (r"^x_embedder\.", "a SiT, for --ckpt"),
-    (r"(^|\.)main\.\d+\.", "a PatchGAN, for --disc-init"),
-)
-
-
 def describe(content: dict) -> str:
     """Say in a few words what the content of a file is."""
-    keys = [key for part in (content, *content.values()) for key in tensors(part)]
-    for pattern, name in KNOWN:
-        if any(re.search(pattern, key) for key in keys):
-            return f"this is {name}"
-    return f"first keys: {', '.join(map(str, (keys or list(content))[:3]))}"
+    keys = [key for part in (content, *content.values()) for key in tensors(part)] or list(content)
+    for part, kind in (("mlp.w12.", "a network with SwiGLU (LightningDiT), which sit.py has not"),
+                       ("x_embedder.", "a SiT"), ("encoder.", "a VAE"), ("latents_", "latent statistics")):
+        if any(part in str(key) for key in keys):
+            return f"this is {kind}"
+    return f"first keys: {', '.join(map(str, keys[:3]))}"
 
 
 def tensors(state) -> dict[str, Tensor]:
@@ -351,12 +319,10 @@ def load_vae(path) -> vae.VAE:
 
 def closest_size(state: dict) -> tuple[vae.VAEConfig, str]:
     """Return the size in VAE_SIZES that fits best, with the latent channels of `state`, and its name."""
-    channels, fits = {}, {}
-    if "post_quant_conv.weight" in state:
-        inner, outer = state["post_quant_conv.weight"].shape[:2]
-        channels = {"z_channels": inner, "embed_dim": None if outer == inner else outer}
+    z_channels, embed_dim = state.get("post_quant_conv.weight", torch.zeros(4, 4)).shape[:2]
+    fits, embed_dim = {}, None if embed_dim == z_channels else embed_dim
     for name, size in vae.VAE_SIZES.items():
-        cfg = replace(size, **channels)
+        cfg = replace(size, z_channels=z_channels, embed_dim=embed_dim)
         with torch.device("meta"):
             wrong = differences(vae.VAE(cfg).state_dict(), state)
         fits[len(wrong)] = cfg, f"{name}, the closest of our sizes"
@@ -409,7 +375,7 @@ def vae_config_from_diffusers(config: dict) -> vae.VAEConfig:
 def read_own(path) -> dict:
     """Return the checkpoint if train_vae.py wrote it, else {} (a published file)."""
     content = read_file(fetch(path))
-    return content if content.get("format") == VAE else {}
+    return content if content.get("format") == VAE and isinstance(content.get("args"), dict) else {}
 
 
 @one_line
@@ -459,7 +425,7 @@ def read_sit(path, weights: str = "ema") -> tuple[SiT, dict]:
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     state = {re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{depth + int(match[1])}", key): value
              for key, value in state.items() if not key.startswith("bn.")}  # bn: REPA-E's latent statistics
-    if content.get("format") == SIT:
+    if content.get("format") == SIT and content["latents"]["vae_hash"] and content["args"]:  # sample.py's
         cfg, fit = config_of(SiTConfig, content["model_config"], path), "its own model_config"
     else:
         cfg, fit = published_sit_config(state, content, path), "the published SiT closest in width"
@@ -548,6 +514,4 @@ def statistics_for(sit_path, sit_checkpoint: dict, vae_hash: str, channels: int,
     return *read_statistics(sit_path, channels, vae_hash, sit_checkpoint), f"inside {sit_path}"
 
 
-def statistics_hash(mean, std) -> str:
-    """Return the sha256 of latent statistics, tensors or lists."""
-    return data.hash_of([torch.as_tensor(part).tolist() for part in (mean, std)])
+

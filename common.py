@@ -17,8 +17,11 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -58,7 +61,8 @@ def setup(device: str = "auto") -> Proc:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        # An hour: one process may have more to read, or an evaluation to do, while the others wait.
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
     return Proc(rank, world, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
 
 
@@ -70,15 +74,13 @@ def barrier() -> None:
 
 def agree(**facts) -> None:
     """Raise ValueError, in every process, if the processes do not all have the same facts."""
-    if not dist.is_initialized():
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, facts)
-    for rank, theirs in enumerate(everyone):
-        for key in facts:
-            if theirs[key] != everyone[0][key]:
-                raise ValueError(f"processes see different {key}: process 0 {everyone[0][key]}, process "
-                                 f"{rank} {theirs[key]}; folders must be shared, or equal")
+    everyone = [facts] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, facts)
+    for (rank, theirs), key in product(enumerate(everyone), facts):
+        if theirs[key] != everyone[0][key]:
+            raise ValueError(f"processes see different {key}: process 0 {everyone[0][key]}, process {rank} "
+                             f"{theirs[key]}; folders must be shared, or equal")
 
 
 def share_out(items: list, proc: Proc) -> list:
@@ -102,20 +104,19 @@ def claim(folder, proc: Proc) -> None:
     folder = Path(folder).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = LOCKS[folder] = LOCKS.get(folder) or open(folder / ".lock", "w")
-        try:
-            import fcntl
-            # A record lock: loader workers do not inherit it, so it ends with this process.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{folder}: another run writes there; wait, or give another --out") from None
-        except (ModuleNotFoundError, OSError):  # Windows; Lustre without -o flock
-            print(f"warning: {folder} has no locks: a second run into it would not be noticed")
-        for file in folder.glob(".*.tmp"):
-            file.unlink()
-    except OSError as error:
-        raise ValueError(f"{folder}: nothing can be written there ({error.strerror}); give another "
-                         f"--out") from error
+        LOCKS[folder] = LOCKS.get(folder) or open(folder / ".lock", "w")
+        import fcntl
+        # A record lock: loader workers do not inherit it, so it ends with this process.
+        fcntl.lockf(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run writes there; wait, or give another --out") from None
+    except (ModuleNotFoundError, OSError) as error:
+        if folder not in LOCKS:
+            raise ValueError(f"--out {folder}: no folder that can be written ({error.strerror})") from error
+        # Windows; Lustre without -o flock
+        print(f"warning: {folder} has no locks: a second run into it would not be noticed")
+    for file in folder.glob(".*.tmp"):
+        file.unlink()
     barrier()
 
 
@@ -138,14 +139,14 @@ def reducing(module: nn.Module, last: bool):
 
 def check_same(module: nn.Module) -> None:
     """Raise ValueError if the processes' parameters have drifted apart (compared by their fp64 sum)."""
-    if dist.is_initialized():
-        agree(parameters=str(sum(p.detach().double().sum() for p in module.parameters()).item()))
+    agree(parameters=str(sum(p.detach().double().sum() for p in module.parameters()).item()))
 
 
 def print0(*values) -> None:
-    """Print on rank 0 only."""
+    """Print a line on rank 0 only, above a progress bar if there is one."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*values, flush=True)
+        tqdm.write(" ".join(map(str, values)))
+        sys.stdout.flush()
 
 
 # commands
@@ -165,14 +166,8 @@ def cli(main) -> None:
         main()
     except SystemExit as leaving:
         code = leaving.code
-    except KeyboardInterrupt:  # the trainers catch the signal themselves, and save
-        code = report_error(RunStopped("interrupted"), 130)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        code = report_error(error, 2)
-    except Exception as error:
-        if not isinstance(error, (RunStopped, OSError, torch.OutOfMemoryError)):
-            traceback.print_exc()
-        code = report_error(error, 1)
+    except BaseException as error:
+        code = report_error(error)
     if code:
         sys.stdout.flush()
         for worker in multiprocessing.active_children():
@@ -183,19 +178,26 @@ def cli(main) -> None:
         dist.destroy_process_group()
 
 
-def report_error(error: Exception, code: int) -> int:
+def report_error(error: BaseException) -> int:
     """Print an error as one line, the last one; return the exit code."""
-    text = str(error).strip()
+    text, code = str(error).strip(), 1
+    if isinstance(error, KeyboardInterrupt):  # the trainers catch the signal themselves, and save
+        text, code = "interrupted", 130
+    elif isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError)):
+        code = 2
+    elif isinstance(error, torch.OutOfMemoryError):
+        text = f"{text.partition('. ')[0]}; try a smaller --micro-batch-size or --batch-size"
+    elif not isinstance(error, (RunStopped, OSError)):
+        traceback.print_exception(error)
     if text.startswith("Caught "):  # in a loader's worker: torch puts the whole traceback into the text
         text = text.splitlines()[-1].partition(": ")[2]
-    if isinstance(error, torch.OutOfMemoryError):
-        text = f"{text.partition('. ')[0]}; try a smaller --micro-batch-size or --batch-size"
+    text = f"error: {' '.join(text.split())}"
     for bar in list(tqdm._instances):
         bar.close()  # or it would be drawn once more, below the error
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own report ends with what is in there
-        line = {"message": f"error: {text}", "timestamp": int(time.time())}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(line))
+    print(text, file=sys.stderr, flush=True)
+    with suppress(KeyError, OSError):  # torchrun's own report ends with what is in this file
+        line = json.dumps({"message": text, "timestamp": int(time.time())})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(line)
     return code
 
 
@@ -208,10 +210,8 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
 def add_run_flags(parser, out: str | None = None) -> None:
     """Add the flags that every script has: device, precision, seed, and where to write."""
     add = parser.add_argument_group("run").add_argument
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-        help="auto: CUDA, else MPS, else CPU")
-    add("--dtype", default="auto", choices=tuple(DTYPES),
-        help="autocast type; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 elsewhere")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
+    add("--dtype", default="auto", choices=tuple(DTYPES), help="autocast: bf16, else fp16 on CUDA, or fp32")
     add("--seed", type=int, default=0, help="seed of all randomness")
     if out is not None:
         add("--out", default=out, help="output folder")
@@ -219,12 +219,11 @@ def add_run_flags(parser, out: str | None = None) -> None:
 
 def add_training_flags(parser, log_every: int, save_every: int) -> None:
     """Add what both trainers have beside their recipe: schedule, speed, logging, saving."""
-    add = parser.add_argument_group("schedule").add_argument
+    add = parser.add_argument_group("schedule and speed").add_argument
     add("--steps", type=natural, default=0, help="optimisation steps; 0 = from --epochs")
     add("--warmup", type=natural, default=0, help="steps over which lr rises from 0")
     add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
-    add = parser.add_argument_group("speed and memory").add_argument
     add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
     add("--compile", action="store_true", help="torch.compile the autoencoder or the SiT, and the teacher")
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
@@ -232,23 +231,20 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
     add("--log-every", type=positive, default=log_every, help="steps")
     add("--save-every", type=positive, default=save_every, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="newest checkpoints kept")
-    add("--stop-after-bad", type=positive, default=100,
-        help="stop after so many non-finite steps in a row; looked at every --log-every steps")
+    add("--stop-after-bad", type=positive, default=100, help="stop after so many non-finite steps in a row")
     add("--tensorboard", action="store_true", help="also log there (needs the package tensorboard)")
     add("--wandb", default=None, metavar="PROJECT", help="also log there (needs the package wandb)")
     add("--dry-run", action="store_true", help="print configuration, sizes and batches, then leave")
 
 
 def natural(text: str, least: int = 0) -> int:
-    """argparse type: an integer of at least 0."""
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text}, want {least} or more")
+    """argparse type: an integer of at least 0; `positive`: of at least 1."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}, want an integer of {least} or more")
     return int(text)
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    return natural(text, 1)
+positive = partial(natural, least=1)
 
 
 def print_config(args) -> None:
@@ -264,28 +260,26 @@ def print_plan(args, proc: Proc, networks: dict, num_images: int, micro: int, ac
             params = list(module.parameters())
             trained = sum(p.numel() for p in params if p.requires_grad)
             print0(f"parameters: {name} {sum(p.numel() for p in params):,} ({trained:,} trained)")
-    dtype = resolve_dtype(args.dtype, proc.device)
-    print0(f"precision: {dtype} autocast, float32 weights and losses; device: {proc.device}")
+    print0(f"precision: {resolve_dtype(args.dtype, proc.device)} autocast; device: {proc.device}")
     per_epoch = num_images // args.batch_size
-    print0(f"batch: {args.batch_size} global = {proc.world} processes x {accum} micro-batches x {micro}; "
-           f"lr {args.lr:g} as typed; {per_epoch} steps/epoch, {steps:,} steps = "
-           f"{steps / max(per_epoch, 1):.1f} epochs = {steps * args.batch_size:,} images")
+    print0(f"batch: {args.batch_size} global = {proc.world} processes x {accum} micro-batches x {micro}; lr "
+           f"{args.lr:g}; {per_epoch} steps/epoch, {steps:,} steps = {steps / max(per_epoch, 1):.1f} epochs")
 
 
-def plan_batch(batch_size: int, micro_batch_size: int, world: int, fits: int = 0,
-               group: int = 1) -> tuple[int, int]:
+def plan_batch(batch_size: int, micro_batch_size: int, world: int, fits: int = 0, group: int = 1) -> tuple:
     """Return (micro-batch size, micro-batches a step); ValueError names a size that fits.
 
     micro_batch_size 0: all images of a device, or at most `fits` (0: no limit). group: images that share the
     statistics of a BatchNorm; if they spanned two micro-batches, a step would depend on how a batch is cut.
     """
     share = max(batch_size // world, 1)
-    sizes = (m for m in range(min(share, fits), 0, -1) if share % m == 0 and m % group == 0)
-    micro = micro_batch_size or next(sizes, share)
+    sizes = [m for m in range(1, share + 1) if share % m == 0 and m % group == 0] or [share]
+    small = [m for m in sizes if m <= fits] or sizes[:1]  # at least one group, whether it fits or not
+    micro = micro_batch_size or (small if fits else sizes)[-1]
     if batch_size % (world * micro):
         size = math.ceil(batch_size / (world * micro)) * world * micro
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} processes x micro-batch "
-                         f"{micro} = {world * micro}; try --batch-size {size}")
+                         f"{micro}; try --batch-size {size}")
     if micro % group:
         raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {group}; try --bn-group "
                          f"{math.gcd(micro, group)}")
@@ -301,27 +295,25 @@ def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int, save
     if num_images < batch_size:
         raise ValueError(f"{num_images} images are no batch of {batch_size}; try --batch-size {num_images}")
     step, seen = (saved["step"], saved["images_seen"]) if saved else (0, 0)
-    steps = steps or step + int(epochs * (num_images // batch_size)) - seen // batch_size
+    steps = steps or max(step, step + int(epochs * (num_images // batch_size)) - seen // batch_size)
     if steps < 1:
-        raise ValueError(f"--epochs {epochs:g} of {num_images} images make no step of --batch-size "
-                         f"{batch_size}; give --steps, or a smaller batch")
+        raise ValueError(f"--epochs {epochs:g} of {num_images} images make no step; give --steps")
     return steps
 
 
 def check_resume(saved: dict, args, fixed: list, then: dict, now: dict) -> None:
     """Say which flags differ from those of the run that is continued.
 
-    fixed: flags that make another run. then, now: hashes of what else does, such as the images, under names
-    that end in _hash; older checkpoints lack some. ValueError names what differs, with both sides.
+    fixed: flags that make another run. then, now: facts, of which those do whose names end in _hash; older
+    checkpoints lack some. ValueError names what differs, with both sides.
     """
-    there = saved["args"]
-    changed = {key: value for key, value in vars(args).items() if there.get(key, value) != value}
-    differ = [(f"--{key.replace('_', '-')}", there[key], changed[key]) for key in fixed if key in changed]
-    differ += [(key, then[key], now[key]) for key in now if key.endswith("_hash")
-               and then.get(key, now[key]) != now[key]]
-    for name, old, new in differ:
-        raise ValueError(f"{saved['path']} was trained with {name} {old}, not {new}; give the same, or "
-                         f"another --out")
+    there, here = ({**flags, **{key: value for key, value in facts.items() if key.endswith("_hash")}}
+                   for flags, facts in ((saved["args"], then), (vars(args), now)))
+    changed = {key: value for key, value in here.items() if there.get(key, value) != value}
+    for key in ("images_hash", "vae_hash", "latents_hash", *fixed):
+        if key in changed:
+            raise ValueError(f"{saved['path']} was trained with {key} {there[key]}, not {changed[key]}; give "
+                             f"the same {key.removesuffix('_hash')}, or another --out")
     print0(f"continuing from {saved['path']} at step {saved['step']}")
     if changed:
         print0("changed: " + ", ".join(f"{key} {there[key]} -> {value}" for key, value in changed.items()))
@@ -329,11 +321,10 @@ def check_resume(saved: dict, args, fixed: list, then: dict, now: dict) -> None:
 
 def versions() -> dict:
     """Return what produced a file: torch, python, git commit (empty outside a checkout)."""
-    try:
+    commit = ""
+    with suppress(OSError):  # no git on this machine
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
     return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit}
 
 
@@ -365,18 +356,16 @@ def derive_seed(*key) -> int:
 def noise_for(shape, rows, device, *key) -> Tensor:
     """Normal noise (len(rows), *shape) fp32; row r depends on (*key, r) and the type of `device` alone."""
     out, generator = torch.empty(len(rows), *shape, device=device), torch.Generator(device)
-    for i, row in enumerate(rows):
-        generator.manual_seed(derive_seed(*key, int(row)))
-        out[i].normal_(generator=generator)
+    for values, row in zip(out, rows):
+        values.normal_(generator=generator.manual_seed(derive_seed(*key, int(row))))
     return out
 
 
 def uniform_for(count: int, rows, device, *key) -> Tensor:
     """Uniform draws in [0, 1), (len(rows), count) fp32; row r is a function of (*key, r) alone."""
     out, generator = torch.empty(len(rows), count), torch.Generator()
-    for i, row in enumerate(rows):
-        generator.manual_seed(derive_seed(*key, int(row)))
-        out[i].uniform_(generator=generator)
+    for values, row in zip(out, rows):
+        values.uniform_(generator=generator.manual_seed(derive_seed(*key, int(row))))
     return out.to(device, non_blocking=True)
 
 
@@ -389,8 +378,7 @@ def compile_modules(*modules) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no compiler, no triton, a platform without either
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return print0(f"torch.compile: off, runs eagerly: {reason[:200]}")
+        return print0(f"torch.compile: off, runs eagerly: {' '.join(repr(error).split())[:200]}")
     torch._dynamo.config.suppress_errors = True
     for module in modules:
         module.compile()
@@ -399,7 +387,8 @@ def compile_modules(*modules) -> None:
 
 def adamw(params, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW in one fused kernel: faster, and it can skip a step on the device (see `optimizer_step`)."""
-    return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    trained = [p for p in params if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def load_optimizer(optimizer, state: dict) -> None:
@@ -407,8 +396,7 @@ def load_optimizer(optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for param, entry in optimizer.state.items():
         for key, value in entry.items():  # copies: nothing of the file that was read stays in use
-            like = param if value.shape == param.shape else value
-            entry[key] = torch.empty_like(like).copy_(value)
+            entry[key] = torch.empty_like(param if value.shape == param.shape else value).copy_(value)
 
 
 def learning_rate(step: int, lr: float, warmup: int, cooldown: int, num_steps: int) -> float:
@@ -533,10 +521,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the bytes that tensors took at most on a CUDA device, else this process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ModuleNotFoundError:
+    if sys.platform == "win32":
         return 0
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -555,67 +542,56 @@ class Progress:
     EARLY = (10, 20)  # these steps are logged whatever --log-every says
 
     def __init__(self, args, proc: Proc, step: int, num_steps: int, show=("loss",), saved=None):
-        """saved: what `state` returned at this step, if a run is continued."""
-        saved = saved or {"images_seen": step * args.batch_size, "progress": {}}
+        """saved: the checkpoint of this step, if a run is continued; it has images_seen."""
         self.args, self.proc, self.step, self.num_steps, self.show = args, proc, step, num_steps, show
-        self.images_seen = saved["images_seen"]
-        # The sums are of all processes: rank 0 takes them over, the others add nothing.
-        sums = saved.get("progress", {})
-        self.sums = {name: torch.tensor(float(value) * proc.main) for name, (value, _) in sums.items()}
-        self.counts = {name: count * proc.main for name, (_, count) in sums.items()}
-        self.bad_streak = torch.zeros((), device=proc.device)
-        self.worst_streak = torch.zeros((), device=proc.device)
+        self.images_seen = saved["images_seen"] if saved else 0
+        self.sums = {}  # {name: (sum, count)} since the last row
+        self.bad_streak = self.worst_streak = torch.zeros((), device=proc.device)
         self.seconds, self.waited, self.last_read, self.shown = 0.0, 0.0, step, {}
         self.stopping = self.signalled = 0  # the number of the signal
         self.next_look, self.looked, self.must_save, self.saved = step, (step, time.monotonic()), False, step
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
-        self.file, self.bar, self.sinks, self.logged = None, None, [], set()
+        self.file, self.bar, self.sinks = None, None, []
         if proc.main:
             self.open_log()
 
     def open_log(self) -> None:
         """Open log.jsonl, the bar and what else was asked for; the first row says what runs where."""
-        args = self.args
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(args.out) / "log.jsonl", "a+b", buffering=0)
-        self.cut_log()
+        args, path = self.args, Path(self.args.out) / "log.jsonl"
+        self.cut_log(path)
+        self.file = open(path, "ab", buffering=0)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(args.out)
-
-            def write_scalars(row):
-                for key, value in row.items():
-                    writer.add_scalar(key, value, self.step)
-            self.sinks.append(write_scalars)
+            board = SummaryWriter(args.out)
+            self.sinks.append((lambda name, value: board.add_scalar(name, value, self.step), board.close))
         if args.wandb:
             import wandb
-            wandb.init(project=args.wandb, config=vars(args), dir=args.out)
-            self.sinks.append(lambda row: wandb.log(row, step=self.step))
+            run = wandb.init(project=args.wandb, config=vars(args), dir=args.out)
+            self.sinks.append((lambda name, value: run.log({name: value}, step=self.step), run.finish))
         self.write({"step": self.step, "config": vars(args), "command": " ".join(sys.argv),
                     "device": str(self.proc.device), "world": self.proc.world, **versions()})
-        self.bar = tqdm(total=self.num_steps, initial=self.step, desc=Path(args.out).name, unit="step",
+        self.bar = tqdm(total=self.num_steps, initial=self.step, desc=path.parent.name, unit="step",
                         mininterval=2.0)
 
-    def cut_log(self) -> None:
-        """Cut log.jsonl back to where the run goes on: later rows, and one torn by a crash, come again."""
-        end = 0
-        self.file.seek(0)
-        for line in self.file.read().splitlines(keepends=True):
-            try:
-                row = dict(json.loads(line))
-            except (ValueError, TypeError):
-                break
-            step = row.get("step", 0)
-            if not line.endswith(b"\n") or step > self.step or "config" in row and step == self.step:
-                break
-            end += len(line)
-            self.logged |= row.keys() if step == self.step else set()
-        self.file.truncate(end)
+    def cut_log(self, path: Path) -> None:
+        """Leave out of log.jsonl what comes again, the rows after this step, and lines that are damaged."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept, temporary = [], path.with_name(".log.jsonl.tmp")
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            with suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                if line.endswith(b"\n") and row["step"] + ("config" in row) <= self.step:
+                    kept.append(line)
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
 
-    def missed(self, key: str, every: int) -> bool:
-        """Whether the run that is continued was stopped before it logged `key`, which was due."""
-        return self.proc.main and self.step > 0 and self.due(every) and key not in self.logged
+    def look(self, function, *args) -> None:
+        """Log what an evaluation returns. Where it fails, on weights that are spoilt, training goes on."""
+        try:
+            self.log(function(*args) or {})
+        except (ValueError, RuntimeError, OSError) as error:
+            print0(f"warning: step {self.step}: {function.__name__} failed: {str(error)[:300]}")
 
     def on_signal(self, number, _frame) -> None:
         """Note the signal, so that the loop can save and leave; a second Ctrl-C kills.
@@ -640,15 +616,19 @@ class Progress:
             self.images_seen += self.args.batch_size
             yield self.step, micro_batches
         if self.file:
-            self.bar.close()
-            self.file.close()
+            for close in (self.bar.close, self.file.close, *(close for _, close in self.sinks)):
+                close()
         if self.stopping and self.step < self.num_steps:
-            print0(f"stopped by a signal, saved at step {self.saved}; the same command continues")
+            print0(f"stopped by a signal; {self.newest()}; the same command continues")
             barrier()  # torchrun ends the others 30 s after the first has left: rank 0 may still save
             raise SystemExit(128 + self.stopping)
         if self.must_save:
-            raise RunStopped(f"the last steps of {self.step} were skipped, and are not saved: the newest "
-                             f"checkpoint is of step {self.saved}; try a lower --lr or --dtype fp32")
+            raise RunStopped(f"the last steps of {self.step} were skipped, and are not saved; "
+                             f"{self.newest()}; try a lower --lr or --dtype fp32")
+
+    def newest(self) -> str:
+        """Say which checkpoint there is to go back to."""
+        return f"the newest checkpoint is of step {self.saved}" if self.saved else "nothing has been saved"
 
     def should_save(self) -> bool:
         """Whether to save now: every --save-every steps, at the last, before stopping, and at the first one:
@@ -658,35 +638,27 @@ class Progress:
         push the good ones out. Only a single skipped step at the end is saved: it changed nothing.
         """
         last = bool(self.stopping) or self.step == self.num_steps
-        self.must_save |= last or self.step == 1 or self.due(self.args.save_every)
         if not self.must_save or int(self.bad_streak) > last:  # waits for the device
             return False
         self.must_save, self.saved = False, self.step
         return True
 
-    def state(self) -> dict:
-        """Return what a checkpoint needs so that a continued run counts and logs as if it had not stopped.
-
-        Collective: every process must call it.
-        """
-        return {"images_seen": self.images_seen, "progress": self.reduce_sums()}
-
     def record(self, terms: list, skipped: Tensor) -> None:
         """Take in a step: `terms` are dicts of scalars (tensor, number, or (sum, count)), one a micro-batch.
 
-        Every --log-every steps their means are read from the device, logged and checked. Then, RunStopped is
-        raised if --stop-after-bad steps in a row were skipped.
+        Every --log-every steps, and before a save, their means are read from the device, logged and checked:
+        what is saved begins a new row. RunStopped is raised if --stop-after-bad steps in a row were skipped.
         """
-        for part in terms:
-            for name, value in part.items():
-                value, count = value if isinstance(value, tuple) else (value, 1)
-                self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().float()
-                self.counts[name] = self.counts.get(name, 0) + count
+        for name, value in (item for part in terms for item in part.items()):
+            value, count = value if isinstance(value, tuple) else (value, 1)
+            total, counts = self.sums.get(name, (0, 0))
+            self.sums[name] = total + torch.as_tensor(value).detach().float(), counts + count
         self.bad_streak = (self.bad_streak + 1) * skipped
         self.worst_streak = torch.maximum(self.worst_streak, self.bad_streak)
         self.agree_to_stop()
-        due = self.due(self.args.log_every) or self.step in self.EARLY
-        row = self.read_means() if due else None  # this waits for the device
+        self.must_save |= bool(self.stopping) or self.step == 1 or self.due(self.args.save_every)
+        due = self.must_save or self.due(self.args.log_every) or self.step in self.EARLY
+        row = self.read_means() if due and self.sums else None  # this waits for the device
         self.seconds += time.perf_counter() - self.began
         if row is not None:
             self.log({**row, **self.read_throughput()})
@@ -695,22 +667,14 @@ class Progress:
             self.bar.update(self.step - self.bar.n)
 
     def read_means(self) -> dict:
-        """Return {name: mean over steps and processes} and start anew."""
-        means = {name: s / n if n else math.nan for name, (s, n) in self.reduce_sums().items()}
-        self.sums, self.counts = {}, {}
-        return means
-
-    def reduce_sums(self) -> dict:
-        """Return {name: (sum, count)} over steps and processes; waits for the device."""
-        if not self.sums:
-            return {}
-        names, device = list(self.sums), self.proc.device  # in the order of adding: the same in every process
-        sums = torch.stack([self.sums[name].to(device) for name in names])
-        counts = torch.stack([torch.as_tensor(self.counts[name]).to(device, sums.dtype) for name in names])
-        table = torch.stack([sums, counts])
+        """Return {name: mean over steps and processes} and start anew; waits for the device."""
+        # In the order of adding, which is the same in every process.
+        values = [torch.as_tensor(value) for pair in self.sums.values() for value in pair]
+        table = torch.stack([value.to(self.proc.device, torch.float32) for value in values]).view(-1, 2)
         if dist.is_initialized():
             dist.all_reduce(table)
-        return dict(zip(names, table.T.tolist()))
+        names, self.sums = list(self.sums), {}
+        return {name: total / n if n else math.nan for name, (total, n) in zip(names, table.tolist())}
 
     def read_throughput(self) -> dict:
         """Return speed, waiting and memory of the steps since the last call."""
@@ -727,14 +691,12 @@ class Progress:
         of a run that has died: gradient, GAN and alignment (those there are) all 0."""
         vital = [abs(row[key]) for key in ("grad_norm", "gan", "align") if key in row]
         if vital and all(value < 1e-8 for value in vital):
-            print0(f"warning: step {self.step}: gradient and losses are 0, nothing is learned any more; go "
-                   f"back to a checkpoint before that, with a lower --lr")
+            print0(f"warning: step {self.step}: gradient and losses are 0; go back, with a lower --lr")
         streak = int(self.worst_streak)
         if streak >= self.args.stop_after_bad:
             bad = [key for key, value in row.items() if not math.isfinite(value)]
             raise RunStopped(f"step {self.step}: {streak} steps in a row skipped, first non-finite term: "
-                             f"{bad[0] if bad else 'the gradient'}; the newest checkpoint, of step "
-                             f"{self.saved}, is from before them; try a lower --lr or --dtype fp32")
+                             f"{[*bad, 'the gradient'][0]}; {self.newest()}; try a lower --lr, --dtype fp32")
 
     def agree_to_stop(self) -> None:
         """Set `stopping` in all processes once any was signalled.
@@ -761,15 +723,13 @@ class Progress:
         if not self.file or not row:
             return
         self.write({"step": self.step, **row})
-        for sink in self.sinks:
-            sink({key: value for key, value in row.items() if isinstance(value, (int, float))})
-        self.shown |= {key: f"{row[key]:.4g}" for key in (*self.show, "images_per_s") if key in row}
+        for (sink, _), (name, value) in product(self.sinks, row.items()):
+            if isinstance(value, (int, float)):
+                sink(name, value)
+        # A loader that is too slow, a memory nearly full: they are seen at once.
+        shown = (*self.show, "images_per_s", "data_wait_percent", "peak_memory_gib")
+        self.shown |= {key: f"{row[key]:.4g}" for key in shown if key in row}
         self.bar.set_postfix(self.shown)
-        if self.step in self.EARLY and "images_per_s" in row:
-            # A loader too slow, a memory nearly full or a week to go: say so at once.
-            self.bar.write(f"step {self.step}: {row['images_per_s']:.4g} images/s, waiting for data "
-                           f"{row['data_wait_percent']:.0f} % of the time, peak memory "
-                           f"{row['peak_memory_gib']:.1f} GiB, {row['eta_s'] / 60:.3g} min left")
 
     def write(self, row: dict) -> None:
         """Append one JSON object to log.jsonl; numbers that JSON does not have become text.

@@ -1,7 +1,7 @@
 """Images and latents on disk, and the order in which a run sees them (a function of seed and step alone).
 
     dataset = open_dataset("data/imagenet/train", 256)         # or "shapes", the embedded set, or "x.zip"
-    loader = make_loader(dataset, 256, proc, micro, seed, start_step, num_steps, workers)
+    loader = make_loader(dataset, 256, proc, micro, seed, images_seen, num_steps, workers)
     latents = LatentFolder("latents")                          # written by encode.py with LatentWriter
 
 * Images are uint8 RGB at file borders, (B, 3, H, W); inside the programs float32 in [-1, 1].
@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import stat
@@ -42,13 +43,13 @@ from torch.utils.data import DataLoader
 
 DEFAULT_DATA = "data/imagenet/train"
 # Pillow's formats that are read, by the content of a file; which files are pictures is told by the suffix.
-FORMATS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png",), "WEBP": (".webp",),
-           "BMP": (".bmp",), "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "JPEG2000": (".jp2",),
-           "AVIF": (".avif",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm")}
-SUFFIXES = (*itertools.chain(*FORMATS.values()),)
+FORMATS = {"JPEG": ".jpg .jpeg .jpe .jfif .mpo", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif",
+           "TIFF": ".tif .tiff", "JPEG2000": ".jp2", "AVIF": ".avif", "PPM": ".ppm .pgm .pbm .pnm"}
+SUFFIXES = tuple(" ".join(FORMATS.values()).split())
 OTHER_SUFFIXES = tuple(".heic .heif .jxl .psd .svg .tga .exr .raw .dng .cr2 .cr3 .nef .arw .orf".split())
 SYSTEM_FOLDERS = {"@eadir", "__macosx", ".ipynb_checkpoints", "#recycle", "$recycle.bin", "lost+found"}
-TRAIN, HELD_OUT, TEST = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testing"}
+# Words that make a folder's name that of a split, alone or beside others: val, seg_test, training_set
+SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?|dev|eval(uation)?", "test": "test(ing)?"}
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> PIL's Image.Transpose
 MAX_PIXELS, MAX_BYTES = 2**28, 2**30  # of a picture, and of its file in an archive
 ONE_CLASS = ["unconditional"]
@@ -81,18 +82,17 @@ def center_crop(image, size: int):
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     scale = size / min(image.size)
-    return middle(image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC),
-                   size, size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+    return middle(image, size, size)
 
 
 @functools.cache
 def readable() -> tuple[list[str], tuple]:
     """Return (formats, suffixes) of FORMATS that this Pillow reads; no EPS, which runs programs."""
-    from PIL import Image, features
+    from PIL import Image
     Image.init()
-    parts = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # which a Pillow may lack
-    formats = [name for name in FORMATS if name in Image.OPEN and features.check(parts.get(name, "jpg"))]
-    return formats, tuple(suffix for name in formats for suffix in FORMATS[name])
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    return formats, tuple(" ".join(map(FORMATS.get, formats)).split())
 
 
 def turn_of(image) -> int | None:
@@ -183,9 +183,9 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         free = shutil.disk_usage(path.parent).free
         done = temporary.stat().st_size if temporary.exists() else 0
-        reason = "the disk is full" if free < 2**20 else str(error).split("\n")[0]
-        raise OSError(f"{path}: not written ({reason}): {free >> 20} MiB free on its disk, more than "
-                      f"{done >> 20} MiB wanted; what was there before is kept") from error
+        reason = "the disk is full" if free < 2**20 else text_of(error)
+        raise OSError(f"{path}: not written ({reason}), {free >> 20} MiB free, over {done >> 20} MiB wanted; "
+                      f"what was there before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -223,38 +223,36 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def why_left_out(name: str, is_folder: bool) -> str | None:
-    """Return why a file or folder of this name is left out ("": no word of it); None if it is not."""
+def why_left_out(name: str) -> str | None:
+    """Return why a file, or a folder "x/", is left out ("": no word of it); None if it is not."""
     name = name.lower()
-    if name in SYSTEM_FOLDERS:
+    parts = name.split("/")
+    if not SYSTEM_FOLDERS.isdisjoint(parts):
         return "system folders"
-    if name.startswith("."):
+    if name.startswith(".") or "/." in name:
         return ""
-    if is_folder or name.endswith(readable()[1]):
+    if not parts[-1] or name.endswith(readable()[1]):
         return None
     return "pictures that Pillow cannot read" if name.endswith(SUFFIXES + OTHER_SUFFIXES) else "other files"
 
 
 def list_folder(root: Path):
-    """Yield (name, size, where it lies, why_left_out) of all below a folder; names of folders end with "/".
+    """Yield (name, size, where it lies, what is wrong) of all below a folder; names of folders end with "/".
 
     Threads read the folders: on a network file system each waits for the server.
     """
     def scan(prefix):
         found = []
         for entry in os.scandir(root / prefix):
-            link, name, size = entry.is_symlink(), prefix + entry.name, 0
-            is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
-            why = why_left_out(entry.name, is_folder)
-            if is_folder and why is None:
+            link, name = entry.is_symlink(), prefix + entry.name
+            if os.path.isdir(entry.path) if link else entry.is_dir():
                 # Paths are resolved for links alone: for each of many folders that takes time.
-                loop = link and (root / prefix).resolve().is_relative_to(Path(entry.path).resolve())
-                name, why = name if loop else f"{name}/", ""
-            elif not is_folder and why != "":
-                if not (os.path.isfile(entry.path) if link else entry.is_file()):
-                    why = "broken links"
-                size = entry.stat().st_size if why is None else 0
-            found.append((name, size, name, why))
+                if not link or not leads_back(root / prefix, Path(entry.path).resolve()):
+                    found.append((f"{name}/", 0, name, ""))
+            elif os.path.isfile(entry.path) if link else entry.is_file():
+                found.append((name, entry.stat().st_size, name, None))
+            else:
+                found.append((name, 0, name, "broken links"))
         return found
 
     todo = [""]
@@ -262,8 +260,13 @@ def list_folder(root: Path):
         while todo:
             level, todo = todo, []
             for found in pool.map(scan, level):
-                todo += [name for name, *_ in found if name.endswith("/")]
+                todo += [name for name, *_ in found if name.endswith("/") and why_left_out(name) is None]
                 yield from found
+
+
+def leads_back(folder: Path, target: Path) -> bool:
+    """Whether a link in `folder` to `target` leads to a folder that was passed on the way to the link."""
+    return any(passed.resolve().is_relative_to(target) for passed in (folder, *folder.parents))
 
 
 def zip_members(path: Path):
@@ -301,14 +304,11 @@ def list_archive(path: Path, inner: tuple) -> list[tuple]:
     with one_line(path, "want a .zip or a plain .tar: unpack it, or make a .zip of the pictures"):
         for name, size, where, link in (zip_members if is_zip(path) else tar_members)(path):
             parts = [part for part in name.split("/") if part not in ("", ".")]
-            if name.startswith("/") or name[1:3] == ":/" or ".." in parts:
-                raise ValueError(f"{name} leads out of it")
-            *folders, file = parts[len(inner):] or [""]
-            if file and tuple(parts[:len(inner)]) == inner:
-                whys = [*(why_left_out(part, True) for part in folders), why_left_out(file, False)]
-                why = next((why for why in whys if why is not None), "links" if link else None)
-                found["/".join((*folders, file))] = size, where, why
-    return [(name, *rest) for name, rest in found.items()]
+            if name.startswith("/") or name[1:3] == ":/" or ".." in parts or size >> 62:
+                raise ValueError(f"{name} leads out of it, or has no possible size")
+            if tuple(parts[:len(inner)]) == inner:
+                found["/".join(parts[len(inner):])] = size, where, "links" if link else None
+    return [(name, *rest) for name, rest in found.items() if name]
 
 
 def is_zip(path: Path) -> bool:
@@ -336,25 +336,23 @@ class ImageFiles:
         self.archive = next((path for path in paths if path.is_file()), None)
         if not self.archive and not self.root.is_dir():
             hint = "; without ImageNet: ./quickstart.sh or --data shapes" if str(root) == DEFAULT_DATA else ""
-            raise (ValueError if self.root.exists() else FileNotFoundError)(
-                f"{root}: no such folder, .zip or .tar; want --data DIR with a folder of images per class, "
-                f"or with images only{hint}")
+            raise FileNotFoundError(f"{root}: no folder, .zip or plain .tar; want one of images{hint}")
         found = (list_archive(self.archive, self.root.relative_to(self.archive).parts) if self.archive
                  else list_folder(self.root))
         rows, left, folders, self.table = [], {}, set(), None
-        for name, size, where, why in found:
-            name = name if name.isascii() else unicodedata.normalize("NFC", name)
-            if "/" in name:
-                folders.add(name.partition("/")[0])
+        for name, size, where, wrong in found:
+            name = normal(name)
+            own = why_left_out(name)
+            why = wrong if own is None or own and wrong else own
+            folders |= {name.partition("/")[0]} if "/" in name else set()
             if name == "dataset.json":
                 self.table = size, where
             elif why is None:
                 rows.append((name, size, where))
             elif why:
                 left.setdefault(why, []).append(name)
-        self.folders = sorted(name for name in folders if why_left_out(name, True) is None)
-        rows.sort()
-        names, sizes, where = zip(*rows) if rows else ((), (), ())
+        self.folders = sorted(name for name in folders if why_left_out(f"{name}/") is None)
+        names, sizes, where = zip(*sorted(rows)) if rows else ((), (), ())
         # Arrays, not lists: touching a million reference counts would copy the list into every worker.
         self.names, self.sizes = np.array(names, dtype=str), np.array(sizes, dtype="<i8")
         self.where = self.names if where == names else np.array(where)
@@ -394,7 +392,7 @@ class ImageFiles:
         with (one_line(self.root / "dataset.json", 'want {"labels": [["a/b.png", 0], ...]}, or no such file'),
               self.open_at(*self.table) as stream):
             pairs = json.load(stream).get("labels") or []
-            table = {unicodedata.normalize("NFC", name): label for name, label in pairs}
+            table = {normal(name): label for name, label in pairs}
             if len(table) < len(pairs) or not all(type(k) is int and 0 <= k < 2**20 for k in table.values()):
                 raise ValueError("a name comes twice, or a label is no class number")
             wrong = {*self.names.tolist()} ^ table.keys() if table else ()
@@ -403,9 +401,9 @@ class ImageFiles:
             return table
 
 
-def find_images(folder, prefix: str = "") -> list[str]:
-    """Return the names of the pictures below a folder or in an archive, relative, sorted (see ImageFiles)."""
-    return [prefix + name for name in ImageFiles(folder).names.tolist()]
+def normal(name: str) -> str:
+    """Return a name as its Unicode normal form NFC: file systems spell the same name in several ways."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 # data sets
@@ -423,59 +421,64 @@ def find_labels(files: ImageFiles, class_names: list[str] | None = None) -> tupl
     else:
         keys = [name.partition("/")[0] if "/" in name and table is None else "" for name in names]
         classes = sorted({*keys} - {""})
-    if table is None:
+    if table is None and class_names != ONE_CLASS:
         check_folders(files, keys, classes)
-    elif not table:
-        note(f"{files.root}: dataset.json has no labels; all its images are one class")
     if class_names == ONE_CLASS or not (classes or class_names):
         return ONE_CLASS, [0] * len(names)
     number = {name: label for label, name in enumerate(class_names or classes)}
     unknown = {*keys} - {*number}
     if unknown:
-        raise ValueError(f"{files.root}: {min(unknown) or 'no class folder'} is not among {len(number)} "
-                         "training classes; want the same folder names")
+        raise ValueError(f"{files.root}: {min(unknown) or 'no folder'} is none of {len(number)} classes")
     return list(number), [number[key] for key in keys]
 
 
 def check_folders(files: ImageFiles, keys: list[str], classes: list[str]) -> None:
-    """Raise ValueError if the folders in the root cannot be classes; print a note if they may be none."""
+    """Raise ValueError if the folders in the root cannot be classes."""
     root, folders = files.root, files.folders
-    splits = [name for name in folders if name.lower() in TRAIN | HELD_OUT | TEST]
-    train = [name for name in splits if name.lower() in TRAIN]
-    if splits and (splits == folders or 0 < len(train) < len(splits)):
-        raise ValueError(f"{root}: its folders {' and '.join(splits)} are no classes; want --data "
-                         f"{root / (train or splits)[0]}")
+    splits = {name: split_of(name) for name in folders if split_of(name)}
+    train = [name for name, (split, _) in splits.items() if split == "train"]
+    alone, beside = len(splits) == len(folders), 0 < len(train) < len(splits)
+    if splits and len({rest for _, rest in splits.values()}) == 1 and (alone or beside):
+        wanted = root / [*train, *splits][0]
+        raise ValueError(f"{root}: its folders {' and '.join(splits)} are no classes; want --data {wanted}")
     if classes and "" in keys:
-        raise ValueError(f"{root}: {keys.count('')} images ({files.names[keys.index('')]}) beside "
-                         f"{len(classes)} class folders; move them into one, or the folders away")
+        first = files.names[keys.index("")]
+        raise ValueError(f"{root}: images ({first}) beside {len(classes)} class folders; move one away")
     if classes and classes != folders:
-        empty = min({*folders} - {*classes})
-        raise ValueError(f"{root}: no images in class folder {empty}; fill or remove it")
+        raise ValueError(f"{root}: no images in class folder {min({*folders} - {*classes})}; remove it")
     inner = {name.split("/")[1] for name in files.names.tolist() if name.count("/") > 1}
     if len(classes) == 1 and len(inner) > 1:
-        note(f"{root}: its folder {classes[0]} is the only class; want --data {root / classes[0]} if those "
-             f"in it ({min(inner)}, ...) are the classes")
+        raise ValueError(f"{root}: {classes[0]} would be the only class: put its images into one folder, or "
+                         f"for {min(inner)} ... as classes want --data {root / classes[0]}")
+
+
+def split_of(name: str) -> tuple[str, str] | None:
+    """Return (train, val or test; what else is in its name) of a folder like val, seg_test; else None."""
+    for split, words in SPLITS.items():
+        rest, count = re.subn(rf"(^|[\W_])({words})([\W_]?(set|data|images|imgs))?(?=[\W_]|$)", "",
+                              name.lower(), count=1)
+        if count:
+            return split, rest.strip("_- ")
+    return None
 
 
 class ImageFolder:
     """The images below a folder or in an archive: each sub-folder is a class, in sorted order, or all are.
 
     A dataset.json in the root (EDM2's format) gives other labels. class_names: those of the training images,
-    so that held-out ones number their classes alike. labelled=False: folders are no classes, all are one.
+    so that held-out ones number their classes alike; ONE_CLASS: folders are no classes.
     .files paths relative to root, .labels int64 (N,), .images_hash says which images these are. A corrupt
     image is named on stderr, replaced by the next readable one and its label, and listed in .corrupt for all
     loader workers together; more than 1 % of the set (one is always allowed) raise ValueError.
     """
     on_disk = True
 
-    def __init__(self, root, size: int, class_names: list[str] | None = None, labelled: bool = True):
+    def __init__(self, root, size: int, class_names: list[str] | None = None):
         files = ImageFiles(root)
         if not len(files.names):
-            raise ValueError(f"{root}: no images in it; want --data DIR with files {' '.join(SUFFIXES)}"
-                             + (f"; it has {files.left_out}" if files.left_out else ""))
-        self.class_names, labels = ONE_CLASS, [0] * len(files.names)
-        if labelled:
-            self.class_names, labels = find_labels(files, class_names)
+            has = files.left_out or "nothing"
+            raise ValueError(f"{root}: no images in it, but {has}; want files {' '.join(SUFFIXES)}")
+        self.class_names, labels = find_labels(files, class_names)
         if files.left_out:
             note(f"{root}: left out are {files.left_out}")
         self.set_files(files, size, labels)
@@ -486,10 +489,9 @@ class ImageFolder:
         self.source, self.files, self.labels = source, source.names, np.array(labels, dtype=np.int64)
         self.is_corrupt = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # by the workers
         with contextlib.suppress(ValueError):
-            w, h = self.decode(0).size
-            if min(w, h) < size:
-                note(f"{self.root}: {self.files[0]} has {w} x {h} pixels and is scaled up to {size}; want "
-                     f"--image-size {min(w, h)} for pictures of this size")
+            short = min(self.decode(0).size)
+            if short < size:
+                note(f"{self.files[0]} has a side of {short} pixels and is scaled up to --image-size {size}")
 
     def __len__(self):
         return len(self.files)
@@ -523,10 +525,15 @@ class ImageFolder:
     def read(self, index: int):
         """Return (uint8 (size, size, 3), index) of the first readable image from `index` on."""
         for i in itertools.chain(range(index, len(self)), range(index)):
-            image = None if self.is_corrupt[i] else self.load(i)
+            image = self.load(i)
             if image is not None:
                 return np.asarray(center_crop(image, self.image_size)), i
-            self.check_corrupt()
+            if len(self.corrupt) > max(1, len(self) // 100):
+                for other in range(len(self) if len(self) <= 2000 else 0):  # of a few, name all
+                    self.load(other)
+                names = self.files[self.corrupt].tolist()
+                raise ValueError(f"{self.root}: {len(names)} of {len(self)} images are corrupt, want 1 % or "
+                                 f"less; mend or remove {', '.join(names[:20])}{' ...' * (len(names) > 20)}")
         raise ValueError(f"{self.root}: none of {len(self)} images is readable")
 
     def decode(self, i: int):
@@ -536,21 +543,10 @@ class ImageFolder:
     def load(self, i: int):
         """Return image i as load_image does, or None for a corrupt one, which is named once."""
         try:
-            return self.decode(i)
+            return None if self.is_corrupt[i] else self.decode(i)
         except ValueError as error:
-            if not self.is_corrupt[i]:
-                print(f"corrupt image: {error}; the next one replaces it", file=sys.stderr, flush=True)
+            print(f"corrupt image: {error}; left out", file=sys.stderr, flush=True)
             self.is_corrupt[i] = 1
-
-    def check_corrupt(self) -> None:
-        """Raise ValueError if too many are corrupt; in a small set all of them are looked for and named."""
-        if len(self.corrupt) <= max(1, len(self) // 100):
-            return
-        for i in range(len(self) if len(self) <= 2000 else 0):
-            self.load(i)
-        names = self.files[self.corrupt].tolist()
-        raise ValueError(f"{self.root}: {len(names)} of {len(self)} images are corrupt, want 1 % or less; "
-                         f"repair or remove {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
 
 
 def map_member(path, name: str):
@@ -578,10 +574,8 @@ class ArrayImages:
             file = np.load(path, mmap_mode="r", allow_pickle=False)
             if isinstance(file, np.ndarray):
                 self.images, labels = file, None
-            elif "arr_0" in file.files:
-                self.images, labels = map_member(path, "arr_0"), file.get("arr_1")
             else:
-                raise ValueError(f"it has {', '.join(file.files)}, and no arr_0")
+                self.images, labels = map_member(path, "arr_0"), file.get("arr_1")
             shape, dtype = tuple(self.images.shape), self.images.dtype
             if len(shape) != 4 or dtype != np.uint8 or shape[3] != 3:
                 raise ValueError(f"images are {dtype} {shape}, not uint8 (N, H, W, 3)")
@@ -596,8 +590,8 @@ class ArrayImages:
     def batch(self, indices) -> dict:
         """Return images uint8 (B, 3, H, W), labels and index (B,)."""
         index = np.asarray(indices)
-        images = torch.from_numpy(np.ascontiguousarray(self.images[index])).permute(0, 3, 1, 2)
-        return {"images": images, "labels": torch.from_numpy(self.labels[index]),
+        images, labels = np.ascontiguousarray(self.images[index]), torch.from_numpy(self.labels[index])
+        return {"images": torch.from_numpy(images).permute(0, 3, 1, 2), "labels": labels,
                 "index": torch.from_numpy(index)}
 
 
@@ -609,16 +603,15 @@ def default_size(name: str) -> int:
 def held_out(name: str) -> Path | None:
     """Return what is called val, valid or validation beside training images called train, or None."""
     path = Path(name)
-    if path.stem.lower() not in TRAIN:
+    split, rest = split_of(path.name) or ("", "")
+    if split != "train":
         return None
     beside = os.listdir(path.parent) if path.parent.is_dir() else ImageFiles(path.parent).folders
-    found = [name for name in sorted(beside) if Path(name).stem.lower() in HELD_OUT
-             and Path(name).suffix.lower() == path.suffix.lower()]
+    found = [name for name in sorted(beside) if split_of(name) == ("val", rest)]
     return path.parent / found[0] if found else None
 
 
-def open_dataset(name: str, size: int, split: str = "train", val: str | None = None, seed: int = 0,
-                 labelled: bool = True):
+def open_dataset(name: str, size: int, split: str = "train", val: str | None = None, labelled: bool = True):
     """Return the embedded set for "shapes", else an ImageFolder, or None if there is no validation folder.
 
     split "val" of a folder or archive: `val` if given, else what `held_out` finds. labelled=False: labels are
@@ -626,13 +619,13 @@ def open_dataset(name: str, size: int, split: str = "train", val: str | None = N
     """
     if name == "shapes":
         from shapes.scenes import Shapes
-        return Shapes(SHAPES_NUM[split], seed, split, size)
+        return Shapes(SHAPES_NUM[split], 0, split, size)
     if split == "train":
-        return ImageFolder(name, size, labelled=labelled)
+        return ImageFolder(name, size)
     folder = val or held_out(name)
     if folder is None:
         return None
-    return ImageFolder(folder, size, find_labels(ImageFiles(name))[0] if labelled else None, labelled)
+    return ImageFolder(folder, size, find_labels(ImageFiles(name))[0] if labelled else ONE_CLASS)
 
 
 # batches
@@ -682,11 +675,11 @@ def numbered_batch(dataset, indices, rows) -> dict:
     return {**dataset.batch(indices), "indices": torch.from_numpy(indices), "rows": torch.from_numpy(rows)}
 
 
-def make_loader(dataset, batch_size: int, proc, micro: int, seed: int, start_step: int, num_steps: int,
+def make_loader(dataset, batch_size: int, proc, micro: int, seed: int, images_seen: int, steps: int,
                 workers: int) -> DataLoader:
-    """Return a loader of the micro-batches of TrainBatches, from start_step to the end of num_steps."""
-    batches = TrainBatches(dataset, batch_size, proc, micro, seed)
-    return loader_of(batches, range(start_step * batches.accum, num_steps * batches.accum), workers)
+    """Return a loader of the micro-batches of TrainBatches for so many steps, after so many images."""
+    batches, start = TrainBatches(dataset, batch_size, proc, micro, seed), images_seen // batch_size
+    return loader_of(batches, range(start * batches.accum, (start + steps) * batches.accum), workers)
 
 
 def eval_loader(dataset, batch_size: int, proc=None, workers: int = 4, indices=None) -> DataLoader:
@@ -806,7 +799,7 @@ class Shards:
     facts: num_images, shard_size; of latents what meta.json says (see LatentWriter). What writes them has
     read(shard, check), which raises ValueError if a shard is not whole.
     """
-    name = "moments"
+    name = "moments-{:05d}.npy"
 
     def __init__(self, path, facts: dict):
         self.path, self.facts, self.size = Path(path), facts, facts["shard_size"]
@@ -820,8 +813,8 @@ class Shards:
         """Return the shape of a shard's array: (n, 2C, h, w)."""
         return len(self.images_of(shard)), 2 * self.facts["channels"], *self.facts["latent_size"]
 
-    def file_of(self, shard: int, suffix: str = "npy") -> Path:
-        return self.path / f"{self.name}-{shard:05d}.{suffix}"
+    def file_of(self, shard: int) -> Path:
+        return self.path / self.name.format(shard)
 
     def open_shard(self, shard: int):
         """Return the mapped array of a shard; ValueError if it is not whole."""
@@ -867,15 +860,15 @@ class LatentWriter(Shards):
                 there = read_facts(file, {})
             except ValueError:  # missing or damaged: it will be written
                 continue
-            theirs = f"VAE {there.get('vae')}, data {there.get('data')}"
-            read_facts(file, identity, f"it has {theirs}; choose another folder, or remove that one")
+            advice = f"that was VAE {there.get('vae')}, data {there.get('data')}; what has changed wants "
+            read_facts(file, identity, f"{advice}another --out, or remove that folder")
 
     def read(self, shard: int, check: bool = False) -> dict:
         """Return what the .json of a shard says; ValueError if it is damaged, or the array not whole.
 
         check: also compare the array's numbers with those that were written.
         """
-        array, record = self.open_shard(shard), read_facts(self.file_of(shard, "json"), {})
+        array, record = self.open_shard(shard), read_facts(self.file_of(shard).with_suffix(".json"), {})
         intact = record.pop("record_sha256", None) == hash_of(record)
         if not intact or check and record["moments_sha256"] != hashlib.sha256(array).hexdigest():
             raise ValueError(f"{self.file_of(shard)} or its .json is not what was written; encoded again")
@@ -887,8 +880,7 @@ class LatentWriter(Shards):
         if array.shape != self.shape_of(shard):
             raise ValueError(f"shard {shard}: moments {array.shape}, want {self.shape_of(shard)}")
         if not plausible(array).all():
-            raise ValueError(f"shard {shard}: moments are not finite, or not below {PLAUSIBLE:g}; check the "
-                             f"VAE, or try --dtype fp32")
+            raise ValueError(f"shard {shard}: moments are not finite; check the VAE, or try --dtype fp32")
         squares = np.einsum("nchw,nchw->c", array, array, dtype=np.float64)
         record = {key: self.facts[key] for key in (*IDENTITY, "vae", "data")} | {
             "sum": array[:, :self.facts["channels"]].sum((0, 2, 3), dtype=np.float64).tolist(),
@@ -897,7 +889,7 @@ class LatentWriter(Shards):
             "labels": labels.tolist(), "corrupt": list(corrupt)}
         with replacing(self.file_of(shard)) as file:
             np.save(file, array)
-        write_facts(self.file_of(shard, "json"), {**record, "record_sha256": hash_of(record)})
+        write_facts(self.file_of(shard).with_suffix(".json"), {**record, "record_sha256": hash_of(record)})
 
     def finish(self) -> dict:
         """Write labels.npy and, last, meta.json with the statistics of z; return the facts in it.
@@ -905,17 +897,13 @@ class LatentWriter(Shards):
         Per channel Var(z) = Var(mean) + E[std^2] over images and positions, as z = mean + std * eps.
         Raises ValueError if a shard is missing, or if more than 1 % of the images were corrupt.
         """
-        missing, facts = self.missing(), self.facts
-        if missing:
-            raise ValueError(f"{self.path}: shards {missing} are missing; run encode.py again")
-        parts = [self.read(shard) for shard in range(self.num_shards)]
-        corrupt = sum(len(part["corrupt"]) for part in parts)
+        facts, parts = self.facts, [self.read(shard) for shard in range(self.num_shards)]
+        corrupt, num = sum(len(part["corrupt"]) for part in parts), facts["num_images"]
         if corrupt:
-            note(f"{corrupt} of {facts['num_images']} images are corrupt, the next ones replace them")
-        if corrupt > max(1, facts["num_images"] // 100):
-            raise ValueError(f"{corrupt} of {facts['num_images']} images are corrupt, want 1 % or less; mend "
-                             f"or remove them, remove {self.path}, and encode again")
-        count = facts["num_images"] * np.prod(facts["latent_size"])
+            note(f"{corrupt} of {num} images are corrupt, the next ones replace them")
+        if corrupt > max(1, num // 100):
+            raise ValueError(f"{corrupt} of {num} images are corrupt (1 % may be): mend, remove {self.path}")
+        count = num * np.prod(facts["latent_size"])
         mean, squares = (np.sum([part[key] for part in parts], axis=0) / count for key in ("sum", "squares"))
         std, labels = np.sqrt(squares - mean ** 2), np.concatenate([part["labels"] for part in parts])
         with replacing(self.path / "labels.npy") as file:
@@ -930,17 +918,15 @@ class LatentWriter(Shards):
 class LatentFolder(Shards):
     """The posterior moments that encode.py wrote, memory-mapped; .facts as LatentWriter.finish returns them.
 
-    .mean, .std (C,) fp32 statistics of z; .labels int64 (N,); .num_classes, .class_names, .image_size.
+    .mean, .std (C,) fp32 statistics of z; .labels int64 (N,); .num_classes.
     Every file is checked on opening: ValueError names one that is missing, damaged or something else.
     """
     on_disk = True
 
     def __init__(self, path):
-        path, file = Path(path), Path(path) / "meta.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; want --latents DIR that encode.py has finished")
-        with one_line(path, "its meta.json is damaged; run encode.py again"):
-            facts = read_facts(file, {"format": LATENTS_FORMAT})
+        path, file, advice = Path(path), Path(path) / "meta.json", "want --latents DIR; run encode.py again"
+        with one_line(path, advice):
+            facts = read_facts(file, {"format": LATENTS_FORMAT}, advice)
             facts |= {key: str(facts[key]) for key in ("vae", "vae_hash", "data")}
             facts |= {"image_size": int(facts["image_size"]), "num_classes": len(facts["class_names"])}
             super().__init__(path, facts)
@@ -949,7 +935,6 @@ class LatentFolder(Shards):
                 self.open_shard(shard)
             self.labels = np.array(map_array(path / "labels.npy", "int64", (facts["num_images"],)))
             self.mean, self.std = torch.tensor(facts["mean"]), torch.tensor(facts["std"])
-            self.image_size, self.class_names = facts["image_size"], facts["class_names"]
             self.num_classes, low, high = facts["num_classes"], self.labels.min(), self.labels.max()
             fits = len(self.mean) == len(self.std) == facts["channels"] and self.std.min() > 0
             if not fits or low < 0 or high >= self.num_classes:
@@ -998,15 +983,12 @@ def find_classes(wanted, names: list[str], num_classes: int, most: int | None = 
 class Parts(Shards):
     """The images that a command has drawn so far, `size` to a file, until all `num` are there.
 
-        parts = Parts("samples/parts", 50000, 64)         # in every process
+        parts = Parts("samples/parts", {"num_images": 50000, "shard_size": 64})  # in every process
         for part in parts.begin(settings):                # on rank 0: those that are missing
-            parts.write(part, images, labels)             # of the images parts.images_of(part)
+            save_npz(parts.file_of(part), images, labels)  # of the images parts.images_of(part)
         parts.save_npz("samples/samples.npz")             # on rank 0, one part at a time in memory
     """
-    name = "part"
-
-    def __init__(self, path, num: int, size: int):
-        super().__init__(path, {"num_images": num, "shard_size": size})
+    name = "part-{:05d}.npz"
 
     def begin(self, settings: dict) -> list[int]:
         """Return the parts that are missing or damaged. settings: what the images depend on, as JSON has it.
@@ -1022,13 +1004,9 @@ class Parts(Shards):
             write_facts(file, settings)
         return self.missing()
 
-    def write(self, part: int, images: np.ndarray, labels: np.ndarray) -> None:
-        """Store uint8 images (n, H, W, 3) and labels (n,) of a part."""
-        save_npz(self.file_of(part, "npz"), images, labels)
-
     def read(self, part: int, check: bool = False):
         """Return (images, labels) of a part; ValueError if it is not whole, by the checksums of its zip."""
-        file = self.file_of(part, "npz")
+        file = self.file_of(part)
         with one_line(file), np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"]
             if len(images) != len(self.images_of(part)):

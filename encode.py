@@ -18,12 +18,11 @@ from common import natural, positive
 def parse_args(argv=None):
     parser = common.new_parser(__doc__)
     add = parser.add_argument_group("encode").add_argument
-    add("--data", default=data.DEFAULT_DATA, help="folder of class folders, flat folder, or 'shapes'")
+    add("--data", default=data.DEFAULT_DATA, help="folder of class folders or images, .zip, .tar, 'shapes'")
     add("--split", default="train", choices=("train", "val"),
         help="val: of 'shapes', or the folder 'val' beside a --data 'train' (for train_sit.py --val-latents)")
     add("--vae", default="out/vae", help="file, folder (our newest, or diffusers'), or hf://owner/repo/file")
-    add("--image-size", type=positive, default=None,
-        help="pixels; default: what the VAE was trained on, else 256, or 32 for 'shapes'")
+    add("--image-size", type=positive, help="pixels; default: the VAE's, else 256, or 32 for 'shapes'")
     add("--batch-size", type=positive, default=64, help="images per forward and device")
     add("--shard-size", type=positive, default=8192, help="images per file")
     add("--store", default="float32", choices=("float32", "float16"), help="type on disk")
@@ -57,8 +56,7 @@ def main(argv=None):
     size = args.image_size or trained_on or data.default_size(args.data)
     dataset = data.open_dataset(args.data, size, args.split)
     if dataset is None:
-        raise ValueError(f"--split val: want --data DIR/train with DIR/val beside it, not {args.data}; or "
-                         f"give the folder of held-out images as --data, without --split")
+        raise ValueError(f"--split val: no val beside {args.data}; give it as --data, without --split")
     vae = checkpoints.load_vae(path)
     channels, side = vae.config.z_channels, size // vae.stride
 
@@ -97,8 +95,8 @@ def main(argv=None):
     common.barrier()
     if proc.main:
         facts = writer.finish()
-        print(f"wrote {args.out}: {facts['num_images']:,} images, {facts['num_classes']} classes; channel "
-              f"std {min(facts['std']):.3f} to {max(facts['std']):.3f}, which training divides by")
+        print(f"{args.out}: {facts['num_images']:,} images, {facts['num_classes']} classes, channel std "
+              f"{min(facts['std']):.3f} to {max(facts['std']):.3f}")
     return args.out
 
 

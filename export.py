@@ -27,10 +27,9 @@ from vae import VAEConfig, level_shapes
 def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our VAE state dict under diffusers' names: the inverse of checkpoints.from_diffusers."""
     # the newer of two names stands first, and is the one that replaces ours
-    renamed = checkpoints.rename(state, [(ours, theirs) for theirs, ours in checkpoints.DIFFUSERS_NAMES])
+    renamed = checkpoints.rename(state, [names[::-1] for names in checkpoints.DIFFUSERS_NAMES])
     # attention is linear there: (C, C), not (C, C, 1, 1)
-    return {key: value[:, :, 0, 0] if ".attentions." in key and value.ndim == 4 else value
-            for key, value in renamed.items()}
+    return {key: x[:, :, 0, 0] if ".attentions." in key and x.ndim == 4 else x for key, x in renamed.items()}
 
 
 def diffusers_config(cfg: VAEConfig, statistics: tuple | None) -> dict:
@@ -41,9 +40,9 @@ def diffusers_config(cfg: VAEConfig, statistics: tuple | None) -> dict:
     if cfg.stem != 1 or cfg.embed_dim not in (None, cfg.z_channels):
         raise ValueError(f"diffusers has no VAE of stem {cfg.stem}, embed_dim {cfg.embed_dim}; use --to ldm")
     scale, mean, std = 1.0, None, None  # diffusers' way to say that they are not known
-    if statistics is not None:
+    if statistics:
         mean, std = (part.tolist() for part in statistics)
-        if not any(mean) and len(set(std)) == 1:  # one number: where diffusers' pipelines look for it
+        if not any(mean) and len({*std}) == 1:  # one number: where diffusers' pipelines look for it
             scale, mean, std = 1 / std[0], None, None
     widths, attention = zip(*level_shapes(cfg))
     blocks = ["Attn" * has_attn for has_attn in attention]
@@ -52,24 +51,22 @@ def diffusers_config(cfg: VAEConfig, statistics: tuple | None) -> dict:
         "in_channels": cfg.in_channels, "out_channels": cfg.in_channels, "latent_channels": cfg.z_channels,
         "block_out_channels": widths, "layers_per_block": cfg.num_res_blocks,
         "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in blocks],
-        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(blocks)],
+        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in blocks[::-1]],
         "norm_num_groups": cfg.norm_groups, "scaling_factor": scale, "latents_mean": mean, "latents_std": std}
 
 
 def export_vae(args) -> tuple | None:
     """Write the VAE of --vae to --out, a folder for "diffusers", else a file. Return its statistics."""
-    path = checkpoints.resolve(args.vae)
-    vae = checkpoints.load_vae(path)
+    vae = checkpoints.load_vae(args.vae)
     state, channels = vae.state_dict(), vae.post_quant_conv.in_channels
-    statistics = checkpoints.statistics_of(checkpoints.read_file(checkpoints.fetch(path)))
+    statistics = checkpoints.statistics_of(checkpoints.read_file(checkpoints.fetch(args.vae)))
     if args.latent_stats:
         statistics = checkpoints.read_statistics(args.latent_stats, channels, checkpoints.state_hash(state))
-    if args.to != "diffusers":
+    if args.to == "diffusers":
+        data.write_facts(Path(args.out) / "config.json", diffusers_config(vae.config, statistics))
+        checkpoints.save_file(Path(args.out) / checkpoints.DIFFUSERS_FILES[0], to_diffusers(state))
+    else:
         checkpoints.save_file(args.out, state)
-        return statistics
-    config = diffusers_config(vae.config, statistics)
-    checkpoints.save_file(Path(args.out) / checkpoints.DIFFUSERS_FILES[0], to_diffusers(state))
-    data.write_facts(Path(args.out) / "config.json", config)
     return statistics
 
 
@@ -108,12 +105,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     statistics = export_sit(args) if args.to in ("repa", "repa-e") else export_vae(args)
-    if statistics is not None and args.to != "diffusers":  # z' = (z - latents_bias) * latents_scale
+    if statistics and args.to != "diffusers":  # z' = (z - latents_bias) * latents_scale
         mean, std = (part.view(1, -1, 1, 1) for part in statistics)
         beside = Path(args.out).with_name(f"{Path(args.out).stem}-latents-stats.pt")
         checkpoints.save_file(beside, {"latents_scale": 1 / std, "latents_bias": mean})
-    known = "none known; --latent-stats gives them" if statistics is None else "written with it"
-    print(f"wrote {args.out}; latent statistics: {known}")
+    print(f"wrote {args.out}; latent statistics: {'written, too' if statistics else 'none known'}")
 
 
 if __name__ == "__main__":

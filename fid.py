@@ -16,7 +16,6 @@ Read: FeatureStats -> frechet_distance and the other measures -> compute_stats -
 Letters: n or m images, B images of a batch, D features.
 """
 import argparse
-import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -35,6 +34,8 @@ from losses import LPIPS
 
 MAX_KEPT = 10_000  # images of a reference whose features are kept: as many as ADM's files hold
 BLOCK = 512  # images whose distances to all others are in memory at once: to 50,000 others 200 MB
+ARRAYS = (".npz", ".npy")  # files of images
+KEPT = ("features", "logits", "labels", "class_logits")  # values of single images
 MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # their names in files
 LOW_PSNR = 22  # dB; published f16d32 have 27.6 to 28.6 on ImageNet (Send-VAE, Table 7)
 
@@ -51,11 +52,10 @@ class FeatureStats:
     .kept      {name: (m, ...)}, values of single images: features for precision, recall and KID; logits, ...
     """
 
-    def __init__(self, meta: dict | None = None):
-        self.meta, self.n = dict(meta or {}), 0
-        self.sums, self.moments, self.kept = {}, {}, {}
+    def __init__(self, meta=()):
+        self.meta, self.n, self.sums, self.moments, self.kept = dict(meta), 0, {}, {}, {}
 
-    def update(self, outputs: dict) -> None:
+    def update(self, outputs: dict):
         """Add a batch of features (B, D) and, for sFID, spatial (B, D')."""
         self.n += len(outputs["features"])
         for name in MOMENTS:
@@ -67,7 +67,7 @@ class FeatureStats:
                 total += x.sum(0)
                 outer.addmm_(x.T, x)
 
-    def keep(self, values: dict, names, chosen=slice(None)) -> None:
+    def keep(self, values: dict, names, chosen=slice(None)):
         """Keep of the batch's values {name: (B, ...)} those with these names, of the chosen images."""
         for name in names:
             if name in values:
@@ -81,9 +81,8 @@ class FeatureStats:
         """
         self.kept = {name: torch.cat(batches) for name, batches in self.kept.items()}
         if dist.is_initialized():
-            for total, outer in self.sums.values():
-                dist.all_reduce(total)
-                dist.all_reduce(outer)
+            for part in sum(self.sums.values(), ()):
+                dist.all_reduce(part)
             shares = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object((self.n, self.kept), shares)
             if shares is None:
@@ -96,15 +95,13 @@ class FeatureStats:
         self.meta["dimensions"] = len(self.moments["features"][0])
         return self
 
-    def save(self, path) -> None:
-        """Write mu, sigma (mu_s, sigma_s), features, n, meta as npz; pytorch-fid and ADM's tools read it."""
+    def save(self, path):
+        """Write mu, sigma (mu_s, sigma_s), .kept, n, meta as npz; pytorch-fid and ADM's tools read it."""
         arrays = {"n": self.n, "meta": json.dumps(self.meta)}
         for name, moments in self.moments.items():
             arrays |= zip(MOMENTS[name], moments)
-        if "features" in self.kept:
-            arrays["features"] = self.kept["features"].numpy()
         with data.replacing(path) as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays, **self.kept)
 
     @staticmethod
     @checkpoints.one_line
@@ -116,8 +113,7 @@ class FeatureStats:
         stats.moments = {name: (arrays[a], arrays[b]) for name, (a, b) in MOMENTS.items() if a in arrays}
         if "mu_s" in arrays:
             stats.meta |= {"extractor": "inception", "resize": "tf1"}  # ADM's, unless "meta" says otherwise
-        if "meta" in arrays:
-            stats.meta |= json.loads(str(arrays["meta"]))
+        stats.meta |= json.loads(str(arrays.get("meta", "{}")))
         if "features" in arrays:
             stats.kept["features"] = torch.from_numpy(arrays["features"]).view(-1, len(arrays["mu"]))
         for mu, sigma in stats.moments.values():
@@ -126,7 +122,7 @@ class FeatureStats:
         return stats
 
 
-def check_comparable(reference: FeatureStats, samples: FeatureStats) -> None:
+def check_comparable(reference, samples):
     """Raise ValueError naming both sides if they were measured differently.
 
     Fields that a file does not have are not compared.
@@ -146,9 +142,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     matrix is symmetric, so its eigenvalues are real, also for covariances of fewer than D images.
     Raises ValueError for NaN.
     """
-    moments = [torch.as_tensor(np.asarray(a), dtype=torch.float64) for a in (mu1, sigma1, mu2, sigma2)]
-    mu1, s1, mu2, s2 = moments
-    if not all(a.isfinite().all() for a in moments):
+    mu1, s1, mu2, s2 = (torch.as_tensor(np.asarray(a)).double() for a in (mu1, sigma1, mu2, sigma2))
+    if not all(a.isfinite().all() for a in (mu1, s1, mu2, s2)):
         raise ValueError("features or covariances are not finite; check the images, give at least 2")
     root, failed = torch.linalg.cholesky_ex(s1)
     if failed or root.diagonal().square().min() <= 1e-9 * s1.diagonal().max():
@@ -160,7 +155,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     return float((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
 
 
-def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
+def inception_score(logits: Tensor, split_size=5000) -> tuple[float, float]:
     """exp(mean KL(p(y|x) || p(y))) of consecutive splits: their mean and population std (arXiv:1606.03498).
 
     logits (n, classes); ADM's are without the bias of the last layer. As there, a split sees its own images
@@ -186,7 +181,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return (x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)).clamp_min_(0)
 
 
-def nearest(points: Tensor, others: Tensor, k: int = 1, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def nearest(points: Tensor, others: Tensor, k=1, block=BLOCK) -> tuple[Tensor, Tensor]:
     """Return squared distances (n, k) fp64 and indices (n, k) of each point's k nearest others, in order.
 
     points (n, D), others (m, D). A point that is also among the others finds itself.
@@ -196,7 +191,7 @@ def nearest(points: Tensor, others: Tensor, k: int = 1, block: int = BLOCK) -> t
     return torch.cat([part.values for part in best]), torch.cat([part.indices for part in best])
 
 
-def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int = BLOCK) -> tuple:
+def precision_recall(reference: Tensor, samples: Tensor, k=3, block=BLOCK) -> tuple[float, float]:
     """Share of samples near the reference, and of references near the samples (arXiv:1904.06991); (n, D).
 
     Near: no farther from some point of the other set than that point's k-th neighbour there. As ADM's
@@ -206,8 +201,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int 
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"{len(reference)} references and {len(samples)} samples; want more than {k} each")
     # k + 1: the first neighbour of an image is the image itself
-    reference_radii = nearest(reference, reference, k + 1, block)[0][:, k]
-    sample_radii = nearest(samples, samples, k + 1, block)[0][:, k]
+    reference_radii, sample_radii = (nearest(x, x, k + 1, block)[0][:, k] for x in (reference, samples))
     precise, recalled = [], torch.zeros_like(reference_radii, dtype=torch.bool)
     for x, radii in zip(samples.split(block), sample_radii.split(block)):
         squares = squared_distances(x, reference)  # (block, n)
@@ -216,16 +210,14 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int 
     return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
 
-def kernel_distance(reference: Tensor, samples: Tensor, subsets: int = 100, subset_size: int = 1000,
-                    seed: int = 2020) -> tuple[float, float]:
+def kernel_distance(reference, samples, subsets=100, subset_size=1000, seed=2020) -> tuple[float, float]:
     """KID (arXiv:1801.01401): unbiased MMD^2, kernel (x.y / D + 1)^3: mean and std over random subsets.
 
     Features (n, D) each. Kernel and subsets are torch-fidelity's. Raises ValueError for smaller sets.
     """
     rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
-        x = samples[rng.choice(len(samples), subset_size, replace=False)].double()
-        y = reference[rng.choice(len(reference), subset_size, replace=False)].double()
+        x, y = (s[rng.choice(len(s), subset_size, replace=False)].double() for s in (samples, reference))
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         pairs = xx.sum() - xx.trace() + yy.sum() - yy.trace()  # unbiased: no image is paired with itself
         values.append(float(pairs / (subset_size * (subset_size - 1)) - 2 * xy.mean()))
@@ -264,11 +256,10 @@ def ssim(x_u8: Tensor, y_u8: Tensor) -> Tensor:
 
 # from images to numbers
 
-def load_extractor(name: str, weights=None, resize: str = "tf1", device="cpu") -> inception.Extractor:
+def load_extractor(name, weights=None, resize="tf1", device="cpu"):
     """Return an Extractor on `device`; its .meta says for FeatureStats what it is."""
     extractor = inception.Extractor(name, weights, resize)
-    state = extractor.net.state_dict()
-    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    state = {k: v for k, v in extractor.net.state_dict().items() if not k.endswith("num_batches_tracked")}
     extractor.meta = {"extractor": name, "weights": checkpoints.state_hash(state), "resize": extractor.resize}
     if name == "inception":
         inception.fuse(extractor.net)
@@ -276,8 +267,7 @@ def load_extractor(name: str, weights=None, resize: str = "tf1", device="cpu") -
 
 
 @torch.no_grad()
-def compute_stats(batches, extractor, device="cpu", meta=None, every: int = 1,
-                  keep=("features", "logits", "class_logits", "labels")) -> FeatureStats:
+def compute_stats(batches, extractor, device="cpu", meta=(), every=1, keep=KEPT) -> FeatureStats:
     """Measure batches of data.eval_loader: {"images": uint8 (B, 3, H, W), "labels", "rows": (B,)}.
 
     extractor: any function of uint8 images that returns a dict with "features" (B, D). What `keep` names is
@@ -291,7 +281,7 @@ def compute_stats(batches, extractor, device="cpu", meta=None, every: int = 1,
     return stats.finish()
 
 
-def gfid(reference: FeatureStats, samples: FeatureStats, device="cpu") -> dict:
+def gfid(reference, samples, device="cpu") -> dict:
     """Return n, fd, and what else there are numbers for: sfid, inception_score, precision, recall, kid, ...
 
     device: where distances between features are computed. Raises ValueError if the two were measured
@@ -317,8 +307,8 @@ def gfid(reference: FeatureStats, samples: FeatureStats, device="cpu") -> dict:
         result["kid"], result["kid_std"] = kernel_distance(theirs, mine, subset_size=size)
         result["reference_features"] = len(theirs)
     if "class_logits" in kept and (kept["labels"] >= 0).all():
-        correct = kept["class_logits"].argmax(1) == kept["labels"]
-        result["class_accuracy"] = correct.double().mean().item()
+        right = kept["class_logits"].argmax(1) == kept["labels"]
+        result["class_accuracy"] = right.double().mean().item()
     return result
 
 
@@ -355,7 +345,7 @@ def has_array(source, name: str) -> bool:
     return zipfile.is_zipfile(source) and f"{name}.npy" in zipfile.ZipFile(source).namelist()
 
 
-def open_images(source: str, size: int, extractor, args, proc, split: str = "val"):
+def open_images(source, size, extractor, args, proc, split="val"):
     """Return (data set, batches of this process, .meta of its statistics). Folders are cropped to size.
 
     split: of "shapes"; of others it is told by the path. Raises ValueError for a folder of sample.py, whose
@@ -364,7 +354,7 @@ def open_images(source: str, size: int, extractor, args, proc, split: str = "val
     path = Path(source)
     if source == "shapes":
         dataset, name = data.open_dataset(source, size, split), f"shapes-{split}"
-    elif source.endswith((".npz", ".npy")):
+    elif source.endswith(ARRAYS):
         dataset, name = data.ArrayImages(source), path.stem
     else:
         arrays = [*path.glob("samples.npz"), *path.glob("*/samples.npz")]
@@ -382,17 +372,16 @@ def open_images(source: str, size: int, extractor, args, proc, split: str = "val
     return dataset, common.progress_bar(loader, proc, name), extractor.meta | meta
 
 
-def measure_reference(source: str, size: int, extractor, args, proc) -> FeatureStats:
+def measure_reference(source, size, extractor, args, proc):
     """Return the statistics of a reference: images, a file of statistics, or ADM's file, which holds both."""
     stored = FeatureStats.load(source) if has_array(source, "mu") else None
-    if stored:
-        if "extractor" not in stored.meta:
-            common.print0(f"warning: {source} does not say how it was measured; only dimensions are checked")
-        if "features" in stored.kept or not has_array(source, "arr_0"):
-            return stored
+    if stored and "extractor" not in stored.meta:
+        common.print0(f"warning: {source} does not say how it was measured; only dimensions are checked")
+    if stored and not has_array(source, "arr_0"):
+        return stored
     dataset, batches, meta = open_images(source, size, extractor, args, proc)
     every = (len(dataset) - 1) // MAX_KEPT + 1
-    stats = compute_stats(batches, extractor, proc.device, meta, every, keep=("features",))
+    stats = compute_stats(batches, extractor, proc.device, meta, every, KEPT[:1])
     if stored:  # ADM's: moments of all images, and some of the images for precision, recall and KID
         stored.kept = stats.kept
         stored.meta["image_size"] = dataset.image_size
@@ -401,38 +390,33 @@ def measure_reference(source: str, size: int, extractor, args, proc) -> FeatureS
 
 # commands
 
-def show(title: str, numbers: dict) -> None:
+def show(title, numbers):
     """Print a block of numbers."""
-    print(title)
-    for key, value in numbers.items():
-        print(f"  {key:<22}{value:.7g}")
+    print("\n  ".join([title, *(f"{key:<22}{value:.7g}" for key, value in numbers.items())]))
 
 
-def run_gfid(args, extractor, proc) -> dict:
+def run_gfid(args, extractor, proc):
     """Compare each set with the reference, print the numbers and write them; {} on all ranks but 0."""
     device = "cuda" if proc.device.type == "cuda" else "cpu"  # MPS has no fp64
     first, size = args.samples[0], args.image_size or data.default_size(args.reference)
-    if first.endswith((".npz", ".npy")) and not args.image_size:
+    if first.endswith(ARRAYS) and not args.image_size:
         size = data.ArrayImages(first).image_size
     reference = measure_reference(args.reference, size, extractor, args, proc)
     if args.train:
         train_set, batches, _ = open_images(args.train, size, extractor, args, proc, "train")
-        train = compute_stats(batches, extractor, proc.device, keep=("features",)).kept
+        train = compute_stats(batches, extractor, proc.device, keep=KEPT[:1]).kept["features"].to(device)
     sets, pictures = {}, []
     for source in args.samples:
         dataset, batches, meta = open_images(source, size, extractor, args, proc)
         check_comparable(reference, FeatureStats(meta))  # now, before an hour of samples
-        keep = ["features", "logits", "labels"]
         # Otherwise labels are not the judge's classes: those of a user's folder are others.
-        if source == "shapes" or (source.endswith(".npz") and args.reference == "shapes"):
-            keep += ["class_logits"]
-        samples = compute_stats(batches, extractor, proc.device, meta, keep=keep)
+        judged = source == "shapes" or (source.endswith(".npz") and args.reference == "shapes")
+        samples = compute_stats(batches, extractor, proc.device, meta, keep=KEPT if judged else KEPT[:3])
         if not proc.main:
             continue
         numbers = gfid(reference, samples, device)
         if args.train:
-            features, others = samples.kept["features"].to(device), train["features"].to(device)
-            ratio, indices = closer_than_training(others, features, k=4)
+            ratio, indices = closer_than_training(train, samples.kept["features"].to(device), k=4)
             numbers["closer_than_training"] = (ratio < 1).double().mean().item()
             for i in ratio.argsort()[:10].tolist():  # the most suspicious ones, and what they are near to
                 pictures += [dataset.batch([i])["images"], train_set.batch(indices[i].tolist())["images"]]
@@ -449,7 +433,7 @@ def run_gfid(args, extractor, proc) -> dict:
     return result
 
 
-def run_rfid(args, extractor, proc) -> dict:
+def run_rfid(args, extractor, proc):
     """Compare images with their reconstructions, print the numbers and write them; {} on all ranks but 0."""
     if has_array(args.data, "mu"):
         raise ValueError(f"{args.data} is a reference for gfid; rfid wants images, to reconstruct them")
@@ -466,12 +450,11 @@ def run_rfid(args, extractor, proc) -> dict:
     result |= {"reference": meta, "vae_hash": checkpoints.state_hash(vae.state_dict())}
     data.write_facts(args.out, {**result, "args": vars(args), "versions": common.versions()})
     if result["psnr_db"] < LOW_PSNR:
-        print(f"verdict: below {LOW_PSNR} dB samples cannot look like these images, whatever generator is "
-              f"trained; fine-tune this VAE on images of their kind (train_vae.py --init {args.vae})")
+        print(f"verdict: below {LOW_PSNR} dB no generator helps; fine-tune by train_vae.py --init {args.vae}")
     return result
 
 
-def run_stats(args, extractor, proc) -> FeatureStats:
+def run_stats(args, extractor, proc):
     """Measure a set of images and write its statistics to a file."""
     size = args.image_size or data.default_size(args.data)
     stats = measure_reference(args.data, size, extractor, args, proc)
@@ -485,7 +468,7 @@ def parse_args(argv=None):
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument_group("measuring").add_argument
     add("--features", default="inception", help="inception, shapes (the embedded judge) or a timm model")
-    add("--features-weights", default=None, help="local file; default: a cache, to which it is fetched once")
+    add("--features-weights", help="local file; default: a cache, to which it is fetched once")
     add("--resize", default="tf1", choices=("tf1", "pytorch-fid"), help="to Inception's 299 px; tf1: ADM's")
     add("--image-size", type=common.positive, help="of folders; default: as in SAMPLES or VAE, else 256")
     add("--batch-size", type=common.positive, default=64, help="images per forward and device")
@@ -498,12 +481,12 @@ def parse_args(argv=None):
     add = commands.add_parser("gfid", help="distances of samples to a reference", **how).add_argument
     add("reference", help=images + ", or npz of statistics")
     add("samples", nargs="+", help=images)
-    add("--train", default=None, help="training images: report copies of them, and draw them beside --out")
+    add("--train", help="training images: report copies of them, and draw them beside --out")
     add("--out", default="out/gfid.json", help="JSON file to write")
     add = commands.add_parser("rfid", help="reconstructions against their originals", **how).add_argument
     add("data", help=images)
     add("--vae", required=True, help="checkpoint, folder of checkpoints (newest), or hf://owner/repo/file")
-    add("--lpips-weights", default=None, help="torchvision's vgg16 file; default: timm's copy from the hub")
+    add("--lpips-weights", help="torchvision's vgg16 file; default: timm's copy from the hub")
     add("--no-lpips", action="store_true", help="leave LPIPS out; so does --features shapes without weights")
     add("--out", default="out/rfid.json", help="JSON file to write")
     add = commands.add_parser("stats", help="write statistics, for use as REF", **how).add_argument
@@ -516,15 +499,14 @@ def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
     checkpoints.check_out(args.out)
+    # now, before weights are fetched; what is no file may be a folder in an archive
+    for path in map(Path, [args.reference, *args.samples] if args.command == "gfid" else [args.data]):
+        if not (path.exists() or str(path) == "shapes" or any(map(Path.is_file, path.parents))):
+            raise FileNotFoundError(f"{path}: no such file, folder or archive")
     # TF32 has 10 bits of mantissa: the distances would change.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     extractor = load_extractor(args.features, args.features_weights, args.resize, proc.device)
-    if args.features == "inception":  # the protocol says which file it was
-        file = inception.find_inception(args.features_weights)
-        args.features_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        if not args.features_sha256.startswith(inception.INCEPTION_SHA256):
-            common.print0(f"warning: {file} has sha256 {args.features_sha256}, want {inception.WANTED}")
     return {"gfid": run_gfid, "rfid": run_rfid, "stats": run_stats}[args.command](args, extractor, proc)
 
 

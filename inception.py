@@ -18,19 +18,17 @@ from mapper import timm_network
 INCEPTION_SHA256 = "6726825d"  # the start of the file's sha256
 INCEPTION_FILE = f"pt_inception-2015-12-05-{INCEPTION_SHA256}.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
-WANTED = f"{INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) from {INCEPTION_URL}"
+WANTED = f"--features-weights {INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) from {INCEPTION_URL}"
 
 
 def resize_tf1(x: Tensor, size: int) -> Tensor:
     """Resize (B, C, H, W) to size x size as TensorFlow 1: source = i * in / out, bilinear, no antialias."""
-    for dim in (3, 2):
-        last = x.shape[dim] - 1
-        scale = torch.tensor((last + 1) / size, dtype=torch.float32)  # TensorFlow's type, also if x is fp64
+    for _ in range(2):  # along the width, then along the height
+        scale = torch.tensor(x.shape[3] / size, dtype=torch.float32)  # TensorFlow's type, also if x is fp64
         source = torch.arange(size, device=x.device, dtype=x.dtype) * scale.to(x)
         low = source.floor().long()
-        weight = source - low if dim == 3 else (source - low)[:, None]  # along the width, or along the height
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=last))
-        x = a + (b - a) * weight
+        a, b = x[..., low], x[..., (low + 1).clamp(max=x.shape[3] - 1)]
+        x = (a + (b - a) * (source - low)).mT
     return x
 
 
@@ -64,9 +62,8 @@ class FIDInception(nn.Module):
             layer, before = getattr(self, name), x
             x = layer(x)
             if hasattr(layer, "branch_pool"):  # the last channels come from timm's pooling: replace them
-                pooled = (F.max_pool2d(before, 3, 1, 1) if name == "Mixed_7c" else
-                          F.avg_pool2d(before, 3, 1, 1, count_include_pad=False))
-                branch = layer.branch_pool(pooled)
+                pooled = F.avg_pool2d(before, 3, 1, 1, count_include_pad=False)
+                branch = layer.branch_pool(F.max_pool2d(before, 3, 1, 1) if name == "Mixed_7c" else pooled)
                 x = torch.cat([x[:, :-branch.shape[1]], branch], dim=1)
             yield name, x
 
@@ -94,8 +91,7 @@ def find_inception(weights=None) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:  # no network, full disk; RuntimeError: another sha256
-            raise FileNotFoundError(f"{path}: not there, and not fetched ({error!r:.90}); put it there, or "
-                                    f"give --features-weights FILE; want {WANTED}") from error
+            raise FileNotFoundError(f"{path}: missing, not fetched ({error!r:.90}); want {WANTED}") from error
     return path
 
 
@@ -111,8 +107,7 @@ def load_inception(weights=None, resize: str = "tf1") -> FIDInception:
     # BatchNorm's counters have no use in evaluation. Published files may lack them.
     counters = {key: torch.tensor(0) for key in net.state_dict() if key.endswith("num_batches_tracked")}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict({**counters, **state}, assign=True)
+        net.load_state_dict(counters | torch.load(path, "cpu", weights_only=True), assign=True)
     except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
         raise ValueError(f"{path}: no Inception ({type(error).__name__}); want {WANTED}") from error
     return net.eval()
@@ -152,19 +147,18 @@ class Extractor(nn.Module):
             # FD-DINOv2 (arXiv:2306.04675) is defined at 224 px; timm would take 518.
             overlay = {"input_size": (3, 224, 224)} if "dinov2" in name else None
             self.net = timm_network(name, "--features", weights, overlay).eval()
-            from timm.data import resolve_model_data_config
-            config = resolve_model_data_config(self.net)
+            import timm
+            config = timm.data.resolve_model_data_config(self.net)
             self.size = config["input_size"][1:]
             self.label, self.resize = f"FD-{name}", f"bicubic to {self.size[0]}"
-            self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
-            self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
+            for key in ("mean", "std"):
+                self.register_buffer(key, torch.tensor(config[key])[:, None, None])
         self.requires_grad_(False)
 
     def forward(self, images_u8: Tensor) -> dict:
         if self.name == "inception":
             return self.net(images_u8)
         if self.name == "shapes":
-            features, class_logits = self.net(images_u8.float() / 127.5 - 1)
-            return {"features": features, "class_logits": class_logits}
+            return dict(zip(("features", "class_logits"), self.net(images_u8.float() / 127.5 - 1)))
         x = F.interpolate(images_u8.float() / 255, size=self.size, mode="bicubic", antialias=True)
         return {"features": self.net((x.clamp(0, 1) - self.mean) / self.std)}

@@ -41,9 +41,6 @@ class LPIPS(nn.Module):
         # ImageNet's mean and std. Inputs must be in [-1, 1]; this is the only normalisation.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
-        if not LINEAR_HEADS.is_file():
-            raise FileNotFoundError(f"{LINEAR_HEADS}: no such file; LPIPS wants its linear heads beside "
-                                    f"losses.py, in assets/")
         heads = torch.load(LINEAR_HEADS, map_location="cpu", weights_only=True)
         self.load_state_dict({**self.features.state_dict(prefix="features."), **heads})
         self.requires_grad_(False)
@@ -81,7 +78,7 @@ def unit_length(x):
 def vgg16_trunk(weights):
     """Return the convolutions of VGG16 up to relu5_3 as a Sequential; `weights` as in LPIPS.
 
-    Raises FileNotFoundError if the file is missing or the hub cannot be reached, ValueError on another file.
+    Raises FileNotFoundError if the hub cannot be reached, ValueError on a missing or another file.
     """
     import timm  # takes seconds to import
     if weights is None:
@@ -89,9 +86,8 @@ def vgg16_trunk(weights):
             return timm.create_model("vgg16.tv_in1k", pretrained=True).features[:30]
         except OSError as error:
             raise FileNotFoundError(
-                f"LPIPS needs VGG16, and timm/vgg16.tv_in1k is neither cached nor to be had from the hub "
-                f"({type(error).__name__}): download https://download.pytorch.org/models/{VGG_FILE} "
-                "elsewhere and give --lpips-weights FILE, or leave LPIPS out (--lpips 0; fid.py: --no-lpips)"
+                f"LPIPS: timm/vgg16.tv_in1k is neither cached nor to be had from the hub: give --lpips-"
+                f"weights FILE (https://download.pytorch.org/models/{VGG_FILE}) or --lpips 0"
             ) from error
     with torch.device("meta"):  # the whole network has 138 M parameters, the trunk 15 M
         trunk = timm.create_model("vgg16").features[:30]
@@ -101,17 +97,14 @@ def vgg16_trunk(weights):
             if isinstance(layer, nn.Conv2d):
                 layer.reset_parameters()
         return trunk
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"{weights}: no such file; LPIPS wants torchvision's {VGG_FILE}, from "
-                                f"https://download.pytorch.org/models/{VGG_FILE}")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         # a full vgg16 file also holds the classifier, which LPIPS has no use for
         trunk.load_state_dict({key.removeprefix("features."): value for key, value in state.items()
                                if key.startswith("features.")})
-    except Exception as error:  # unreadable, not a dict, or other keys: the answer is the same
-        raise ValueError(f"{weights}: not torchvision's {VGG_FILE} ({type(error).__name__}): download it "
-                         f"again from https://download.pytorch.org/models/{VGG_FILE}") from error
+    except Exception as error:  # missing, unreadable, not a dict, or other keys: the answer is the same
+        raise ValueError(f"--lpips-weights {weights}: not torchvision's {VGG_FILE} ({type(error).__name__}); "
+                         f"it is at https://download.pytorch.org/models/{VGG_FILE}") from error
     return trunk
 
 

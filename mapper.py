@@ -9,7 +9,6 @@ Read: Teacher -> Mapper -> alignment_loss.
 Letters: B images, N = grid * grid tokens of width D.
 """
 import os
-import re
 from dataclasses import dataclass
 
 import torch
@@ -93,28 +92,13 @@ def timm_network(name: str, flag: str, weights=None, overlay=None, **kwargs) -> 
         raise FileNotFoundError(f"{flag}-weights {weights}: no such file; want the weights of {name}, "
                                 f"huggingface.co/timm/{name}")
     overlay = {**(overlay or {}), **({"file": str(weights), "custom_load": False} if weights else {})}
-    load = dict(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     try:
-        try:
-            model = timm.create_model(name, **load)
-        except RuntimeError as error:
-            # With num_classes=0 timm does not load strictly: what the file lacks would stay random. That is
-            # right only for a file that differs in nothing but its classifier.
-            if not differs_in_head_only(str(error), timm.get_pretrained_cfg(name)):
-                raise
-            model = timm.create_model(name, num_classes=0, **load)
+        # With its classifier, for with num_classes=0 timm is not strict: what a file lacks would stay random.
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     except Exception as error:  # timm, torch, safetensors and the hub's client raise types of their own
         raise explain(error, name, flag, weights) from error
     model.reset_classifier(0)
     return model
-
-
-def differs_in_head_only(message: str, config) -> bool:
-    """Whether torch's message about a state dict names no other tensors than those of timm's classifier."""
-    keys = re.findall(r'"([^"]+)"', message) + re.findall(r"size mismatch for (\S+):", message)
-    heads = config.classifier if config and keys else ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    return bool(keys) and all(key.rpartition(".")[0] in heads for key in keys)
 
 
 def explain(error: Exception, name: str, flag: str, weights) -> Exception:
@@ -124,11 +108,9 @@ def explain(error: Exception, name: str, flag: str, weights) -> Exception:
         return ValueError(f"{flag} {name}: {text}; timm.list_models(pretrained=True) lists what it has, and "
                           f"{flag}-weights FILE takes a local file")
     if weights is None and isinstance(error, OSError):
-        return FileNotFoundError(f"{flag} {name}: its weights are not in the local cache, and the hub "
-                                 f"(huggingface.co/timm/{name}) cannot be reached; give {flag}-weights FILE, "
-                                 f"or {flag} shapes" + " --image-size 32 --vae tiny" * (flag == "--teacher"))
-    return ValueError(f"{flag}-weights {weights or 'from the hub'}: not the weights of {name}, or damaged: "
-                      f"{text}")
+        return FileNotFoundError(f"{flag} {name}: not cached, nor to be had from huggingface.co/timm/{name}; "
+                                 f"give {flag}-weights FILE, or {flag} shapes")
+    return ValueError(f"{flag}-weights {weights or 'of the hub'}: not weights of {name}, or damaged: {text}")
 
 
 # the mapper
@@ -152,16 +134,6 @@ class MapperConfig:
         return self.hidden_size or self.out_dim
 
 
-class PatchEmbed(nn.Module):
-    """Latent (B, C, h, w) to tokens (B, N, D), row by row: a convolution whose stride is its kernel."""
-
-    def __init__(self, patch_size: int, in_channels: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-
-    def forward(self, z):
-        return self.proj(z).flatten(2).transpose(1, 2)
-
 
 class Mapper(nn.Module):
     """h_phi of the paper: raw latent z (B, C, h, w) -> predicted teacher tokens (B, N, out_dim)."""
@@ -170,15 +142,15 @@ class Mapper(nn.Module):
         super().__init__()
         self.config, dim = config, config.width
         if config.kind == "linear":
-            self.proj = nn.Conv2d(config.z_channels, config.out_dim, config.patch_size, config.patch_size,
-                                  bias=False)
+            p = config.patch_size
+            self.proj = nn.Conv2d(config.z_channels, config.out_dim, p, stride=p, bias=False)
             return
-        from timm.models.vision_transformer import Block  # here: timm takes seconds to import
+        from timm.models.vision_transformer import Block, PatchEmbed  # here: timm takes seconds to import
         # With the norm, the noise level of eq. 1 means the same for every VAE, and the encoder cannot grow z
         # against the noise. eps and momentum are REPA-E's.
         if config.norm:
             self.bn = nn.BatchNorm2d(config.z_channels, eps=1e-4, momentum=0.1, affine=False)
-        self.x_embedder = PatchEmbed(config.patch_size, config.z_channels, dim)
+        self.x_embedder = PatchEmbed(None, config.patch_size, config.z_channels, dim)
         self.register_buffer("pos_embed", sincos_positions(dim, config.grid))
         self.blocks = nn.ModuleList(
             Block(dim, num_heads=max(dim // 64, 1), qkv_bias=True, norm_layer=nn.LayerNorm)

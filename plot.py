@@ -1,7 +1,6 @@
 """Charts of what the other scripts wrote. Needs matplotlib, as no other file does: pip install matplotlib
 
     python plot.py curves out/vae/log.jsonl out/plain/log.jsonl --out curves.png --keys rec,psnr_db
-    python plot.py bars out/probe.json --out bars.png
 """
 import json
 from pathlib import Path
@@ -9,16 +8,15 @@ from pathlib import Path
 import common
 import data
 
-# names in log.jsonl, unless --keys says others, and in probe.json
+# names in log.jsonl, unless --keys says others
 KEYS = "loss,rec,lpips,kl,gan,align,psnr_db,flow,repa,val_flow,grad_norm"
-SCORES = ("macro_f1", "micro_f1", "auc", "top5_recall", "class_accuracy")
 
 
 def parse_args(argv=None):
     parser = common.new_parser(__doc__)
     add = parser.add_argument
-    add("chart", choices=("curves", "bars"), help="curves of log.jsonl files, or bars of one probe.json")
-    add("files", nargs="+", help="the log.jsonl files, or the probe.json")
+    add("chart", choices=("curves",), help="curves of log.jsonl files")
+    add("files", nargs="+", help="the log.jsonl files")
     add("--out", default="out/plot.png", help="PNG to write")
     add("--keys", default=KEYS, help="curves: names to draw; a name that no log has is left out")
     return parser.parse_args(argv)
@@ -40,13 +38,13 @@ def draw_curves(logs: list, keys: list[str]):
     """Return a figure: a panel per name, a curve per log. ValueError if no log has any of the names."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     panels = {key: [read_curve(log, key) for log in logs] for key in keys}
-    panels = {key: curves for key, curves in panels.items() if any(curves)}
+    panels = [(key, curves) for key, curves in panels.items() if any(curves)]
     if not panels:
         raise ValueError(f"{', '.join(map(str, logs))}: nothing is logged under {', '.join(keys)}")
     lines = (len(panels) + 1) // 2
     figure = Figure((12, 3 * lines), layout="constrained")
-    for i, (key, curves) in enumerate(panels.items()):
-        axis = figure.add_subplot(lines, 2, i + 1, title=key, xlabel="step")
+    for i, (key, curves) in enumerate(panels, 1):
+        axis = figure.add_subplot(lines, 2, i, title=key, xlabel="step")
         for log, curve in zip(logs, curves):  # a log has the same colour in all panels
             name = "/".join(Path(log).resolve().parts[-3:-1]) if curve else None  # None: not in the legend
             axis.plot(list(curve), list(curve.values()), ".-", label=name)
@@ -54,32 +52,10 @@ def draw_curves(logs: list, keys: list[str]):
     return figure
 
 
-def draw_bars(report: dict):
-    """Return a figure with the scores, and the F1 of each group of attributes, in a report of probe.py."""
-    from matplotlib.figure import Figure
-    vaes, bars = report["vaes"], {}
-    for part in ("flat", "pooled", "mapper", "sit"):
-        for score in [score for score in SCORES if score in vaes[0].get(part, {})]:
-            bars[f"{part}: {score}"] = [vae[part][score] for vae in vaes]
-    for group in vaes[0]["flat"].get("groups", {}):
-        bars[f"flat: F1 of {group}"] = [vae["flat"]["groups"][group] for vae in vaes]
-    figure = Figure((8, 1 + 0.2 * len(bars) * len(vaes)), layout="constrained")
-    axis = figure.add_subplot(yticks=range(len(bars)), yticklabels=bars, ylim=(len(bars), -1), xlim=(0, 1))
-    for k, label in enumerate(report["labels"]):
-        places = [i - 0.4 + 0.8 * (k + 0.5) / len(vaes) for i in range(len(bars))]
-        axis.barh(places, [values[k] for values in bars.values()], 0.8 / len(vaes), label=label)
-    figure.legend(loc="outside upper center", ncols=len(vaes))
-    return figure
-
-
 def main(argv=None):
     args = parse_args(argv)
     import matplotlib  # noqa: F401  (now: below, a missing package would be taken for a damaged file)
-    if args.chart == "curves":
-        figure = draw_curves(args.files, args.keys.split(","))
-    else:
-        with data.one_line(args.files[0]):
-            figure = draw_bars(json.loads(Path(args.files[0]).read_text()))
+    figure = draw_curves(args.files, args.keys.split(","))
     with data.replacing(args.out) as file:
         figure.savefig(file, format="png")
 

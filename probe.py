@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import logsumexp, softmax
-from scipy.stats import entropy, gaussian_kde, norm, rankdata
+from scipy.stats import entropy, gaussian_kde, mannwhitneyu, norm, rankdata
 from torch import Tensor
 
 import checkpoints
@@ -68,8 +68,8 @@ def encode(images, indices, nets: dict, args, device, store) -> tuple[np.ndarray
 
 # the fit
 
-def fit_linear_probe(train_x, train_y, val_x, val_y, test_x, weight_decays=WEIGHT_DECAYS, max_iter: int = 100,
-                     device="cpu") -> dict:
+def fit_linear_probe(train_x, train_y, val_x, val_y, test_x, weight_decays=WEIGHT_DECAYS, max_iter=100,
+                     device="cpu"):
     """Fit logistic regression by L-BFGS in fp32; return its logits (n, A) on test_x.
 
     x (n, F) of any floating type, standardised here by the train split (a batch norm without affine part, in
@@ -81,11 +81,10 @@ def fit_linear_probe(train_x, train_y, val_x, val_y, test_x, weight_decays=WEIGH
     train_x, train_y, val_x, val_y, test_x = map(torch.as_tensor, (train_x, train_y, val_x, val_y, test_x))
     mean, std = (statistic.to(device) for statistic in statistics(train_x))
     held = torch.float32 if train_x.numel() <= HELD else torch.float16
-    x = torch.cat([standardise(train_x[rows], mean, std).to(held) for rows in chunks(train_x)])
+    x = torch.cat([standardise(part, mean, std).to(held) for part in chunks(train_x)])
     outputs = train_y.shape[1] if train_y.ndim == 2 else int(max(train_y.max(), val_y.max())) + 1
     weight = torch.zeros(outputs, x.shape[1], device=device, requires_grad=True)
-    bias = torch.zeros(outputs, device=device, requires_grad=True)
-    fits = []
+    bias, fits = torch.zeros(outputs, device=device, requires_grad=True), []
     for decay in weight_decays:
         minimise(weight, bias, x, train_y.to(device), decay, max_iter)
         guess, logits = (logits_of(part, mean, std, weight, bias) for part in (val_x, test_x))
@@ -94,9 +93,9 @@ def fit_linear_probe(train_x, train_y, val_x, val_y, test_x, weight_decays=WEIGH
     return max(fits, key=lambda fit: fit["val_score"])
 
 
-def minimise(weight, bias, x, y, decay: float, max_iter: int) -> None:
+def minimise(weight, bias, x, y, decay, max_iter):
     """Move weight (A, F) and bias (A,) to the minimum of the penalised loss of standardised features x."""
-    history = min(100, max(10, HISTORY // weight.numel()))
+    parts, history = chunks(x), min(100, max(10, HISTORY // weight.numel()))
     # attributes are problems of their own: their losses add up
     loss_of = F.cross_entropy if y.ndim == 1 else F.binary_cross_entropy_with_logits
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iter, history_size=history,
@@ -106,26 +105,24 @@ def minimise(weight, bias, x, y, decay: float, max_iter: int) -> None:
         optimizer.zero_grad()
         total = decay / 2 * weight.square().sum()
         total.backward()
-        for rows in chunks(x):  # the gradients of the parts add up
-            logits = F.linear(x[rows].float(), weight, bias)
-            targets = y[rows] if y.ndim == 1 else y[rows].float()
-            loss = loss_of(logits, targets, reduction="sum") / len(y)
+        for part, targets in zip(parts, y.split(len(parts[0]))):  # their gradients add up
+            targets = targets if y.ndim == 1 else targets.float()
+            loss = loss_of(F.linear(part.float(), weight, bias), targets, reduction="sum") / len(y)
             loss.backward()
             total = total.detach() + loss.detach()
         return total
     optimizer.step(closure)
 
 
-def chunks(x: Tensor) -> list[slice]:
-    """Return slices of the rows of x (n, F), about CHUNK numbers each."""
-    step = max(1, CHUNK // x.shape[1])
-    return [slice(start, start + step) for start in range(0, len(x), step)]
+def chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Return parts of the rows of x (n, F), about CHUNK numbers each."""
+    return x.split(max(1, CHUNK // x.shape[1]))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (F,) of the rows of x, summed in fp64; 1 for a constant feature."""
-    mean = sum(x[rows].cpu().double().sum(0) for rows in chunks(x)) / len(x)
-    squares = sum((x[rows].cpu().double() - mean).square().sum(0) for rows in chunks(x))
+    mean = sum(part.cpu().double().sum(0) for part in chunks(x)) / len(x)
+    squares = sum((part.cpu().double() - mean).square().sum(0) for part in chunks(x))
     std = (squares / max(len(x) - 1, 1)).sqrt()
     return mean.float(), torch.where(std > 1e-8, std, 1).float()
 
@@ -141,7 +138,7 @@ def standardise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 @torch.no_grad()
 def logits_of(x: Tensor, mean, std, weight, bias) -> Tensor:
     """Return the logits (n, A) of features x on the CPU."""
-    return torch.cat([F.linear(standardise(x[rows], mean, std), weight, bias).cpu() for rows in chunks(x)])
+    return torch.cat([F.linear(standardise(part, mean, std), weight, bias).cpu() for part in chunks(x)])
 
 
 # scores
@@ -163,12 +160,11 @@ def auc_score(logits: np.ndarray, targets: np.ndarray) -> float:
 
     By ranks (Mann-Whitney); there must be positives and negatives.
     """
-    truth = targets.astype(bool)
-    positives, ranks = int(truth.sum()), rankdata(logits)[truth].sum()
-    return float((ranks - positives * (positives + 1) / 2) / (positives * (len(truth) - positives)))
+    above, below = (logits[targets == k].astype(float) for k in (1, 0))
+    return float(mannwhitneyu(above, below, method="asymptotic").statistic / (len(above) * len(below)))
 
 
-def top_recall(logits: Tensor, targets: Tensor, k: int = 5) -> float:
+def top_recall(logits: Tensor, targets: Tensor, k=5) -> float:
     """Return the share of positive targets (n, A) among the k highest logits of their image (DeepFashion)."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (targets.gather(1, top).sum() / targets.sum()).item()
@@ -204,7 +200,7 @@ def attribute_scores(logits: Tensor, train_y, val_y, test_y, names: list[str]) -
 
 # measures of a latent space
 
-def latent_measures(z, most: int = 4000, count: int = 2000) -> dict:
+def latent_measures(z, most=4000, count=2000) -> dict:
     """Return measures of latents z (n, C, h, w), array or tensor; of every so many-th, if over `most`.
 
     channel_std_min, channel_std_max: the smallest and largest of the channels. effective_rank: exp of the
@@ -228,7 +224,7 @@ def latent_measures(z, most: int = 4000, count: int = 2000) -> dict:
             "channel_std_min": float(tokens.std(0).min()), "channel_std_max": float(tokens.std(0).max())}
 
 
-def gmm_nll(train: np.ndarray, test: np.ndarray, components: int = 10, steps: int = 50, seed: int = 0):
+def gmm_nll(train: np.ndarray, test: np.ndarray, components=10, steps=50, seed=0):
     """Return the mean negative log-likelihood of test (n, D), nats / D, under a diagonal mixture (by EM)."""
     means = train[np.random.default_rng(seed).choice(len(train), components, replace=False)]
     variances, weights = np.ones_like(means), np.full(components, 1 / components)
@@ -246,7 +242,7 @@ def gmm_nll(train: np.ndarray, test: np.ndarray, components: int = 10, steps: in
 
 # one VAE on one data set
 
-def probe_set(splits: dict, nets: dict, with_attributes: bool, args, device) -> dict:
+def probe_set(splits: dict, nets: dict, with_attributes, args, device) -> dict:
     """Return {name of features: scores, "latent": measures} of a VAE on the splits of open_attributes."""
     index, features = {}, {}
     for split, (images, indices) in splits.items():
@@ -256,14 +252,14 @@ def probe_set(splits: dict, nets: dict, with_attributes: bool, args, device) -> 
     result = {name: {"features": x.shape[1]} for name, x in features["test"].items()}
     targets = ["attributes"] * with_attributes + ["labels"] * (len(images.class_names) > 1)
     for name, target in product(result, targets):
-        train_x, val_x, test_x = (features[split][name] for split in SPLITS)
-        train_y, val_y, test_y = (getattr(splits[split][0], target)[index[split]] for split in SPLITS)
-        fit = fit_linear_probe(train_x, train_y, val_x, val_y, test_x, max_iter=args.max_iter, device=device)
+        x = [features[split][name] for split in SPLITS]
+        y = [getattr(splits[split][0], target)[index[split]] for split in SPLITS]
+        fit = fit_linear_probe(x[0], y[0], x[1], y[1], x[2], max_iter=args.max_iter, device=device)
         if target == "labels":
-            result[name] |= {"class_accuracy": class_accuracy(fit["logits"], test_y),
-                             "class_weight_decay": fit["weight_decay"]}
+            result[name]["class_accuracy"] = class_accuracy(fit["logits"], y[2])
+            result[name]["class_weight_decay"] = fit["weight_decay"]
         else:
-            result[name] |= attribute_scores(fit["logits"], train_y, val_y, test_y, images.attribute_names)
+            result[name] |= attribute_scores(fit["logits"], *y, images.attribute_names)
             result[name]["weight_decay"] = fit["weight_decay"]
     flat, side = features["test"]["flat"], images.image_size // nets["vae"].stride
     return result | {"latent": latent_measures(flat.view(len(flat), -1, side, side))}
@@ -271,7 +267,7 @@ def probe_set(splits: dict, nets: dict, with_attributes: bool, args, device) -> 
 
 # table and picture
 
-def table(results: list[dict], labels: list[str]) -> str:
+def table(results, labels) -> str:
     """Return the single numbers of all VAEs as a Markdown table: one column per VAE."""
     rows = {"": labels, "---": ["---"] * len(labels)}
     for part in ("flat", "pooled", "mapper", "sit", "latent"):
@@ -283,7 +279,7 @@ def table(results: list[dict], labels: list[str]) -> str:
     return "\n".join(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items())
 
 
-def colour_tokens(tokens: Tensor, size: int) -> Tensor:
+def colour_tokens(tokens: Tensor, size) -> Tensor:
     """Colour tokens (B, N, D) of a square grid by their first three principal components over all of them.
 
     Returns images, uint8 (B, 3, size, size), in which every token is a square.
@@ -294,9 +290,8 @@ def colour_tokens(tokens: Tensor, size: int) -> Tensor:
     colour = flat @ axes
     low, high = torch.quantile(colour, colour.new_tensor([0.02, 0.98]), dim=0)
     colour = ((colour - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    side = math.isqrt(tokens.shape[1])
-    colour = (255 * colour).round().to(torch.uint8).view(-1, side, side, 3).permute(0, 3, 1, 2)
-    return F.interpolate(colour, size=(size, size), mode="nearest")
+    colour = (255 * colour).round().to(torch.uint8).view(len(tokens), math.isqrt(tokens.shape[1]), -1, 3)
+    return F.interpolate(colour.permute(0, 3, 1, 2), size)
 
 
 @torch.no_grad()
@@ -308,9 +303,8 @@ def draw_pca(path, vaes, labels, images: Tensor, teacher_weights, device) -> lis
     x, size = data.to_float(images.to(device)), images.shape[-1]
     strips, teachers = {"images": images}, {}
     for vae_path, label in zip(vaes, labels):
-        vae, own = checkpoints.load_vae(vae_path).to(device), checkpoints.read_own(vae_path)
-        z = vae.encode(x).mode()
-        strips[f"{label}: latent"] = colour_tokens(z.flatten(2).transpose(1, 2), size)
+        z, own = checkpoints.load_vae(vae_path).to(device).encode(x).mode(), checkpoints.read_own(vae_path)
+        strips[f"{label}: latent"] = colour_tokens(z.flatten(2).mT, size)
         if own.get("mapper") is not None:
             tokens = checkpoints.load_mapper(vae_path).to(device).clean(z)
             strips[f"{label}: mapper"] = colour_tokens(tokens, size)
@@ -330,7 +324,6 @@ def parse_args(argv=None):
     add("--image-size", type=positive, help="pixels; default: the first VAE's, else 256, or 32 for 'shapes'")
     add("--num-train", type=natural, default=0, help=f"images to fit on; 0 = all, {SHAPES_TRAIN} of 'shapes'")
     add("--classes", action="store_true", help="probe class labels only")
-    add("--class-data", metavar="DIR", help="class folders for the class probe, where --data has none")
     add("--batch-size", type=positive, default=64, help="images per forward")
     add("--workers", type=natural, default=4, help="processes that read images")
     add("--vae", nargs="+", help="files, folders (newest), or hf://...; default: that of --sit, or out/vae")
@@ -380,50 +373,41 @@ def main(argv=None):
     trained_on = checkpoints.read_own(paths[0]).get("args", {}).get("image_size")
     args.image_size = args.image_size or trained_on or data.default_size(args.data)
 
-    # data: attributes of the first set, classes of the last
-    sets = [open_attributes(name, args.image_size, args.num_train, args.seed)
-            for name in (args.data, args.class_data) if name]
-    counts = {split: len(indices) for split, (_, indices) in sets[0].items()}
+    # data
+    splits = open_attributes(args.data, args.image_size, args.num_train, args.seed)
+    counts = {split: len(indices) for split, (_, indices) in splits.items()}
     print(f"linear probe of {args.data} at {args.image_size} px: {counts} images")
-    with_attributes = bool(sets[0]["test"][0].attribute_names) and not args.classes
-    if (args.classes or args.class_data) and len(sets[-1]["test"][0].class_names) == 1:
-        raise ValueError(f"{args.class_data or args.data} has no classes to probe; want a folder per class "
-                         "(--class-data DIR)")
+    images, indices = splits["test"]
+    with_attributes = bool(images.attribute_names) and not args.classes
+    if args.classes and len(images.class_names) == 1:
+        raise ValueError(f"{args.data}: no classes in it; want a folder per class")
 
     # picture
     base = Path(args.out).with_suffix("")
     if args.report:
-        images, indices = sets[0]["test"]
         shown = images.batch(indices[:12])["images"]
         strips = draw_pca(f"{base}_pca.png", paths, labels, shown, args.teacher_weights, proc.device)
 
     # probes
     results = []
     for path in paths:
-        vae = checkpoints.load_vae(path).to(proc.device)
-        result = {"vae": str(path), "vae_hash": checkpoints.state_hash(vae.state_dict())}
-        nets = {"vae": vae}
+        nets = {"vae": checkpoints.load_vae(path).to(proc.device)}
+        result = {"vae": str(path), "vae_hash": checkpoints.state_hash(nets["vae"].state_dict())}
         if args.mapper:
             nets["mapper"] = checkpoints.load_mapper(path).to(proc.device)
         if args.sit:
             nets["sit"] = sit.to(proc.device)
             *nets["statistics"], _ = checkpoints.statistics_for(
                 args.sit, sit_file, result["vae_hash"], sit.config.in_channels, args.latent_stats)
-        result |= probe_set(sets[0], nets, with_attributes, args, proc.device)
-        for class_set in sets[1:]:
-            for name, scores in probe_set(class_set, nets, False, args, proc.device).items():
-                result[name] = scores | result[name]
-        results.append(result)
+        results.append(result | probe_set(splits, nets, with_attributes, args, proc.device))
 
     # report
     text = table(results, labels)
     print(text)
-    left_out = results[0]["flat"].get("left_out")
-    if left_out:
+    if left_out := results[0]["flat"].get("left_out"):
         print(f"left out, without positives or negatives in a split: {', '.join(left_out)}")
     report = {"vaes": results, "labels": labels, "args": vars(args), "versions": common.versions(),
-              "images": counts,
-              "images_hash": [{split: pair[0].images_hash for split, pair in s.items()} for s in sets]}
+              "images": counts, "images_hash": {name: pair[0].images_hash for name, pair in splits.items()}}
     data.write_facts(args.out, report)
     if args.report:
         text += f"\n\n![]({base.name}_pca.png)\n\nFrom the top: {', '.join(strips)}.\n"

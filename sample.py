@@ -9,7 +9,6 @@ and --num. On a CPU it is equal bit for bit on any number of processes, if --bat
 and its batch is as long. protocol.json beside the samples says all that they depend on. The same command
 continues after a stop, also with a larger --num: the batches that are done wait in OUT/parts.
 """
-import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -29,15 +28,11 @@ FREE = {"num", "num_images", "out", "npz", "commit"}  # what may change when a c
 
 def parse_args(argv=None):
     parser = common.new_parser(__doc__)
-    add = parser.add_argument_group("models").add_argument
-    add("--ckpt", default="out/sit",
-        help="SiT checkpoint, ours or published: file, folder of ours (newest), or hf://owner/repo/file")
-    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
-    add("--vae", default=None, help="VAE of the latents: file, folder, or hf://owner/repo/file; default: the "
-        "one that encode.py used (published SiTs name none)")
-    add("--latent-stats", default=None, help="for published SiTs, whose files hold none: statistics file, or "
-        "0.18215 for SD-VAE; default: those in the SiT's file (REPA-E)")
     add = parser.add_argument_group("sampling").add_argument
+    add("--ckpt", default="out/sit", help="SiT, ours or published: file, folder, hf://owner/repo/file")
+    add("--weights", default="ema", choices=("ema", "raw"), help="averaged or last weights")
+    add("--vae", help="VAE of the latents, as --ckpt; default: that of encode.py (published SiTs name none)")
+    add("--latent-stats", help="for published SiTs: file, or 0.18215 for SD-VAE; default: in the SiT's file")
     add("--cfg", type=float, default=1.0, help="guidance scale, all channels; 1 = off")
     add("--cfg-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),
         help="noise times with guidance, inclusive (1 = pure noise); the paper's runs: 0 0.75")
@@ -46,10 +41,8 @@ def parse_args(argv=None):
     # The long name is for torchrun, whose own parser takes --num for an abbreviation of one of its flags.
     add("--num", "--num-images", type=natural, default=0,
         help="images; 0 = 8 of each class (torchrun has a --num of its own: --num-images there)")
-    add("--classes", nargs="+", default=None, metavar="CLASS", help="names or numbers of classes to draw; "
-        "default: all, or without --num at most 10, evenly spaced")
-    add("--labels", default="balanced", choices=("balanced", "random"),
-        help="balanced: the classes in turn; random: uniform, as in REPA's numbers")
+    add("--classes", nargs="+", metavar="CLASS", help="names or numbers; default: all, 10 without --num")
+    add("--labels", default="balanced", choices=("balanced", "random"), help="in turn, or uniform as in REPA")
     add("--batch-size", type=positive, default=64, help="images per forward and device")
     add("--npz", action="store_true", help="also write samples.npz (arr_0, arr_1: ADM's format)")
     add("--compile", action="store_true", help="torch.compile the model and the decoder")
@@ -87,9 +80,8 @@ def sample_images(model, vae, latents, indices, args, device, dtype):
 
     if args.sampler == "sde":
         # One generator per image, so that its noise does not depend on the batch.
-        generators = [torch.Generator(device).manual_seed(common.derive_seed(args.seed, "sde", int(i)))
-                      for i in indices]
-        z = sample_sde(velocity, noise, args.steps, generators)
+        seeds = [common.derive_seed(args.seed, "sde", int(i)) for i in indices]
+        z = sample_sde(velocity, noise, args.steps, [torch.Generator(device).manual_seed(s) for s in seeds])
     else:
         z = sample_ode(velocity, noise, args.steps, heun=args.sampler == "heun")
     z = data.denormalize_latents(z, torch.tensor(latents["mean"]), torch.tensor(latents["std"]))
@@ -110,8 +102,7 @@ def open_models(args):
     if published and args.vae is None:
         raise ValueError(f"{ckpt} is a published SiT, which does not name its VAE: give --vae FILE")
     if not published and args.cfg != 1 and saved["args"]["label_dropout"] == 0:
-        raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout, so it has no "
-                         f"unconditional velocity; use --cfg 1")
+        raise ValueError(f"--cfg {args.cfg}: {ckpt} was trained without label dropout; use --cfg 1")
 
     try:
         vae_path = checkpoints.resolve(args.vae or saved["latents"]["vae"])
@@ -128,13 +119,12 @@ def open_models(args):
     latents = saved["latents"] if not published else {
         "channels": channels, "latent_size": [model.config.input_size] * 2, "class_names": [],
         "num_classes": model.config.num_classes, "mean": mean.tolist(), "std": std.tolist()}
-    with open(checkpoints.fetch(ckpt), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return model, vae, latents, {
-        "checkpoint": str(ckpt), "checkpoint_sha256": digest, "step": saved.get("step", saved.get("steps")),
+        "checkpoint": str(ckpt), "step": saved.get("step", saved.get("steps")),
+        "weights_sha256": checkpoints.state_hash(model.state_dict()),
         "vae": str(vae_path), "vae_hash": vae_hash, "latent_statistics": source,
         "latents": None if published else saved["args"]["latents"],
-        "latent_statistics_sha256": checkpoints.statistics_hash(mean, std)}
+        "latent_statistics_sha256": data.hash_of([mean.tolist(), std.tolist()])}
 
 
 def write(args, parts, latents, protocol):
@@ -166,9 +156,8 @@ def main(argv=None):
     evaluations = nfe(args.steps, heun=args.sampler == "heun")
     dtype = common.resolve_dtype(args.dtype, proc.device)
     common.print_config(args)
-    common.print0(f"{num} images of {evaluations} evaluations: {facts['checkpoint']} (step {facts['step']}, "
-                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype}); latent statistics "
-                  f"{facts['latent_statistics_sha256'][:12]}, {facts['latent_statistics']}")
+    common.print0(f"{num} images of {evaluations} evaluations: {facts['checkpoint']}, step {facts['step']}, "
+                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype}")
     if args.dry_run:
         return None
 
@@ -184,11 +173,12 @@ def main(argv=None):
         common.compile_modules(model, vae.decoder)
 
     # A part is a batch, and always the same one, whichever process draws it.
-    parts = data.Parts(Path(args.out) / "parts", num, args.batch_size)
+    parts = data.Parts(Path(args.out) / "parts", {"num_images": num, "shard_size": args.batch_size})
     missing = common.share_out(parts.begin(settings) if proc.main else [], proc)
     for part in common.progress_bar(missing, proc, "sample, batches"):
         batch = parts.images_of(part)
-        parts.write(part, *sample_images(model, vae, latents, batch, args, proc.device, dtype))
+        drawn = sample_images(model, vae, latents, batch, args, proc.device, dtype)
+        data.save_npz(parts.file_of(part), *drawn)
 
     common.barrier()
     if proc.main:

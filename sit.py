@@ -75,8 +75,8 @@ class Mlp(nn.Module):
 
 def make_projector(dim: int, hidden: int, out: int) -> nn.Sequential:
     """Build REPA's projector from transformer width to teacher width: three linear layers, SiLU between."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                         nn.Linear(hidden, out))
+    first, middle, last = nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)
+    return nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), last)
 
 
 def xavier_init(model: nn.Module) -> None:

@@ -54,7 +54,8 @@ def flow_terms(nets, batch, step, args):
     device, rows = nets.device, batch["rows"].tolist()
     moments = batch["moments"].to(device, non_blocking=True)  # (B, 2C, h, w) = [mean | std]
     y = batch["labels"].to(device, non_blocking=True)
-    channels, latent_size = moments.shape[1] // 2, moments.shape[2:]
+    channels = moments.shape[1] // 2
+    latent_size = moments.shape[2:]
     noise = common.noise_for((2, channels, *latent_size), rows, device, args.seed, "sit", step)
     u = common.uniform_for(2, rows, device, args.seed, "t", step)
 
@@ -129,8 +130,7 @@ def parse_args(argv=None):
         help="size/patch; /1 for f16 latents, /2 for f8")
     add("--label-dropout", type=float, default=0.1,  # DiT, SiT, REPA
         help="share of labels replaced by the null label, for guidance")
-    add("--qk-norm", action="store_true",
-        help="LayerNorm of queries and keys")
+    add("--qk-norm", action="store_true", help="LayerNorm of queries and keys")
     add = parser.add_argument_group("REPA").add_argument
     add("--repa", action="store_true",
         help="add REPA's loss: the tokens after --repa-block predict the teacher's")
@@ -196,14 +196,10 @@ def open_held_out(args, latents):
     """Return the folder of --val-latents, or None; ValueError if another VAE or other classes made it."""
     if args.val_latents is None:
         return None
-    held_out = data.LatentFolder(args.val_latents)
     # A loss on other latents, or with other labels, would look like a number and mean nothing.
-    for key in ("vae_hash", "latent_size", "class_names"):
-        there, here = held_out.facts[key], latents.facts[key]
-        if there != here:
-            raise ValueError(f"{args.val_latents} has {key} {str(there)[:80]}, {args.latents} "
-                             f"{str(here)[:80]}; encode both by one VAE, --split train and val")
-    return held_out
+    wanted = {key: latents.facts[key] for key in ("vae_hash", "latent_size", "class_names")}
+    data.read_facts(f"{args.val_latents}/meta.json", wanted, "encode both by one VAE, --split train and val")
+    return data.LatentFolder(args.val_latents)
 
 
 def build(args, latents, proc) -> Networks:
@@ -237,9 +233,8 @@ def build(args, latents, proc) -> Networks:
     if args.compile:
         common.compile_modules(nets.model, nets.teacher)
 
-    # The positions are fixed: they are a parameter only because published files have them as one.
-    trained = [p for p in nets.model.parameters() if p.requires_grad]
-    nets.opt = common.adamw(trained, args.lr)
+    # The positions are not trained: they are a parameter only because published files have them as one.
+    nets.opt = common.adamw(nets.model.parameters(), args.lr)
     nets.model_ddp = common.distribute(nets.model, proc)
     if dtype == torch.float16:
         nets.scaler = torch.amp.GradScaler(device.type)
@@ -247,7 +242,7 @@ def build(args, latents, proc) -> Networks:
 
 
 def pack(nets, latents, step, args) -> dict:
-    """Return what the run needs to continue, beside Progress.state, and sampling needs, as a plain dict."""
+    """Return what the run needs to continue (beside images_seen) and sampling needs, as a plain dict."""
     return {
         "format": checkpoints.SIT,
         "step": step,
@@ -266,24 +261,14 @@ def pack(nets, latents, step, args) -> dict:
 def unpack(nets, latents, saved, args) -> None:
     """Continue from a checkpoint; ValueError if it is of other latents or of another model."""
     # The same images by another VAE are other latents, and so are other images by the same.
-    common.check_resume(saved, args, ["seed"], saved["latents"], latents.facts)
-    # Another shape would not load; say in which field it differs.
-    config = checkpoints.config_of(SiTConfig, saved["model_config"], saved["path"])
-    differ = different_fields(config, nets.model.config)
-    if differ:
-        raise ValueError(f"{saved['path']} holds another model ({differ}); give the same flags, or another "
-                         f"--out")
+    fixed = ["seed", "model", "qk_norm", "repa"] + ["repa_block", "teacher"] * args.repa
+    common.check_resume(saved, args, fixed, saved["latents"], latents.facts)
     nets.model.load_state_dict(saved["model"])
     nets.ema.load(saved["ema"])
     common.load_optimizer(nets.opt, saved["optimizer"])
     if nets.scaler is not None and saved.get("scaler"):  # none: the run so far was not fp16
         nets.scaler.load_state_dict(saved["scaler"])
 
-
-def different_fields(there, here) -> str:
-    """Say in which fields two configurations differ."""
-    there, here = asdict(there), asdict(here)
-    return ", ".join(f"{key} {there[key]}, not {here[key]}" for key in here if there[key] != here[key])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -309,7 +294,8 @@ def validate(nets, held_out, args) -> dict:
     sums = torch.zeros(4, device=device)
     for part in indices.split(64):
         batch = held_out.batch(part.tolist())
-        moments, y = batch["moments"].to(device), batch["labels"].to(device)
+        moments = batch["moments"].to(device)
+        y = batch["labels"].to(device)
         shape = (2, moments.shape[1] // 2, *moments.shape[2:])
         noise = common.noise_for(shape, part.tolist(), device, args.seed, "val")
         z = data.normalize_latents(data.sample_latents(moments, noise[:, 0]), nets.mean, nets.std)
@@ -328,10 +314,7 @@ def validate(nets, held_out, args) -> dict:
 def preview(nets, latents, step, args) -> None:
     """Write a grid of EMA samples (Euler), one column per class, the first ten classes, from fixed noise."""
     facts, device = latents.facts, nets.device
-    try:
-        vae = checkpoints.load_vae(facts["vae"]).to(device)
-    except (ValueError, FileNotFoundError) as error:
-        return common.print0(f"no preview: {error}")
+    vae = checkpoints.load_vae(facts["vae"]).to(device)
     model = averaged(nets)
     # Always the same noise and classes, so that the pictures of a run can be compared.
     columns = min(latents.num_classes, 10)
@@ -370,7 +353,7 @@ def main(argv=None):
         common.claim(args.out, proc)  # one run a folder
     saved = checkpoints.newest(args.out, checkpoints.SIT)  # None: a new run
     step = 0 if saved is None else saved["step"]
-    common.agree(latents=latents.facts, checkpoint=step)
+    common.agree(latents_hash=data.hash_of(latents.facts), checkpoint=step)
     num_steps = common.plan_steps(args.steps, args.epochs, len(latents), args.batch_size, saved)
 
     # Networks.
@@ -389,23 +372,22 @@ def main(argv=None):
     del saved  # its tensors have been copied
 
     # Training.
-    loader = data.make_loader(dataset, args.batch_size, proc, micro, args.seed, step, num_steps, args.workers)
-    if held_out is not None and progress.missed("val_flow", args.val_every):
-        progress.log(validate(nets, held_out, args))  # it was stopped after saving
+    loader = data.make_loader(dataset, args.batch_size, proc, micro, args.seed, progress.images_seen,
+                              num_steps - step, args.workers)
     for step, batches in progress.steps(loader, accum):
         terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
         # Reads numbers from the device every --log-every steps only.
         progress.record(terms, skipped)
+        # Saving comes last: a run that is stopped before it comes back, and does these again.
+        if held_out is not None and progress.due(args.val_every) and proc.main:
+            progress.look(validate, nets, held_out, args)
+        if args.sample_every and progress.due(args.sample_every) and proc.main:
+            progress.look(preview, nets, latents, step, args)
         if progress.should_save():
             common.check_same(nets.model)
-            state = pack(nets, latents, step, args) | progress.state()
+            state = pack(nets, latents, step, args) | {"images_seen": progress.images_seen}
             if proc.main:
                 checkpoints.save(args.out, step, state, args.keep)
-        # After saving: a preview may take minutes on a CPU, or fail.
-        if held_out is not None and progress.due(args.val_every) and proc.main:
-            progress.log(validate(nets, held_out, args))
-        if args.sample_every and progress.due(args.sample_every) and proc.main:
-            preview(nets, latents, step, args)
     return args.out
 
 

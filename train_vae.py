@@ -185,13 +185,12 @@ def parse_args(argv=None):
     parser = common.new_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data", default=data.DEFAULT_DATA,
-        help="folder of class folders, flat folder, or 'shapes' (embedded set)")
+        help="folder of class folders or of images, .zip, .tar, or 'shapes' (embedded set)")
     add("--val", default=None,
         help="folder of held-out images; default: the folder 'val' beside 'train', if any")
     add("--image-size", type=positive, default=None,
         help="pixels; default 256, or 32 for 'shapes'")
-    add("--workers", type=natural, default=8,
-        help="processes that read images, per device")
+    add("--workers", type=natural, default=8, help="processes that read images, per device")
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="f16d32", choices=tuple(VAE_SIZES),
         help="architecture; must fit --init")
@@ -200,8 +199,7 @@ def parse_args(argv=None):
     # The size of DINOv2 is not in the paper; B is REPA-E's.
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m",
         help="timm model, or 'shapes'")
-    add("--teacher-weights", default=None,
-        help="local file instead of the hub")
+    add("--teacher-weights", default=None, help="local file instead of the hub")
     add("--mapper", default="vit", choices=("vit", "linear"),
         help="linear: one convolution, no noise (as VA-VAE)")
     add("--mapper-depth", type=natural, default=1,  # the paper, Table 2
@@ -216,12 +214,10 @@ def parse_args(argv=None):
     add("--align", type=float, default=1.0,  # the paper; REPA-E has 1.5
         help="alignment, mean(1 - cos); 0: a plain KL-VAE")
     # The paper says MSE; REPA-E, whose set-up it uses, has L1.
-    add("--rec", default="l1", choices=("l1", "l2"),
-        help="reconstruction, mean over elements")
+    add("--rec", default="l1", choices=("l1", "l2"), help="reconstruction, mean over elements")
     add("--lpips", type=float, default=1.0,  # this and the next two weights are REPA-E's; the paper has none
         help="LPIPS (VGG16)")
-    add("--lpips-weights", default=None,
-        help="local torchvision VGG16 file instead of the hub")
+    add("--lpips-weights", default=None, help="local torchvision VGG16 file instead of the hub")
     add("--kl", type=float, default=1e-6,
         help="KL, nats summed over the latent, mean over images")
     add("--gan", type=float, default=0.1,
@@ -232,8 +228,7 @@ def parse_args(argv=None):
         help="discriminator to start from: file or hf://owner/repo/file, or 'none' (from scratch)")
     add("--disc-start", type=natural, default=0,  # REPA-E; VQGAN and VA-VAE start later
         help="step at which the discriminator begins to train")
-    add("--disc-warmup", type=natural, default=0,
-        help="further steps before it enters the VAE loss")
+    add("--disc-warmup", type=natural, default=0, help="further steps before it enters the VAE loss")
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=positive, default=1024,  # the paper
         help="images per step over all devices")
@@ -314,7 +309,6 @@ def build_vae(args, saved) -> VAE:
     if vae.config.network != VAE_SIZES[args.vae].network:
         fitting = [name for name, size in VAE_SIZES.items() if size.network == vae.config.network]
         advice = f"give --vae {fitting[0]}" if fitting else "--vae has no name for it"
-        advice = "use another --out" if saved else advice
         raise ValueError(f"{source} holds a VAE of {vae.config.z_channels} channels at 1/{vae.stride}, "
                          f"--vae {args.vae} is another one; {advice}")
     # A row of pixels that fills no token would be dropped without a word.
@@ -375,7 +369,7 @@ def state_of(module):
 
 
 def pack(nets, step, args) -> dict:
-    """Return what a run needs to continue, beside Progress.state, as a plain dict with unwrapped names."""
+    """Return what a run needs to continue, as a plain dict with unwrapped names (main adds two entries)."""
     vae, mapper = nets.send.vae, nets.send.mapper
     return {
         "format": checkpoints.VAE,
@@ -420,7 +414,10 @@ def unpack(nets, saved, args) -> None:
 
 @torch.no_grad()
 def evaluate(nets, dataset, name, step, args) -> dict:
-    """PSNR, KL, alignment and spread of the latents of some images of `dataset`; writes a picture."""
+    """PSNR, KL, alignment and spread of the latents of some images of `dataset`; writes a picture.
+
+    Leaves the networks in eval mode.
+    """
     nets.send.eval()
     vae, mapper = nets.send.vae, nets.send.mapper
     # Evenly over all classes, which come one after the other.
@@ -442,7 +439,6 @@ def evaluate(nets, dataset, name, step, args) -> dict:
         with common.autocast(nets.device, nets.dtype):
             # Without noise: the loss while training never reaches 0, since noise hides the image.
             row["align_clean"] = alignment_loss(mapper.clean(z), nets.teacher(x)).item()
-    nets.send.train()
     pairs = torch.stack([images[:16], images_hat[:16]], 1).flatten(0, 1)  # original, reconstruction, ...
     data.save_grid(Path(args.out) / f"reconstructions_{step:07d}.png", pairs, columns=8)
     return row
@@ -503,22 +499,21 @@ def main(argv=None):
     del saved  # its tensors have been copied
 
     # Training.
-    loader = data.make_loader(train_set, args.batch_size, proc, micro, args.seed, step, num_steps,
-                              args.workers)
-    if progress.missed("psnr_db", args.eval_every):  # it was stopped after saving
-        progress.log(evaluate(nets, eval_set, eval_name, step, args))
+    loader = data.make_loader(train_set, args.batch_size, proc, micro, args.seed, progress.images_seen,
+                              num_steps - step, args.workers)
     for step, batches in progress.steps(loader, accum):
         terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
         # Reads numbers from the device every --log-every steps only.
         progress.record(terms, skipped)
-        # Saving comes first: an evaluation may fail.
+        # Saving comes last: a run that is stopped before it comes back, and evaluates again.
+        if progress.due(args.eval_every) and proc.main:
+            progress.look(evaluate, nets, eval_set, eval_name, step, args)
+            nets.send.train()  # also where the evaluation failed
         if progress.should_save():
             common.check_same(nets.send)
-            state = pack(nets, step, args) | progress.state() | {"images_hash": images}
+            state = pack(nets, step, args) | {"images_hash": images, "images_seen": progress.images_seen}
             if proc.main:
                 checkpoints.save(args.out, step, state, args.keep)
-        if progress.due(args.eval_every) and proc.main:
-            progress.log(evaluate(nets, eval_set, eval_name, step, args))
     return args.out
 
 

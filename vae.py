@@ -27,6 +27,7 @@ class VAEConfig:
     resolution: int = 256            # nominal: places the attention, whatever size the images really have
     z_channels: int = 32
     embed_dim: int | None = None     # channels of z; None = z_channels, as in every released file
+
     in_channels: int = 3
     stem: int = 1                    # fold stem x stem pixels into channels; 1 = the published network
     norm_groups: int = 32
@@ -254,9 +255,10 @@ class VAE(nn.Module):
         super().__init__()
         self.config = cfg
         self.checkpointing = False
-        embed_dim = cfg.z_channels if cfg.embed_dim is None else cfg.embed_dim
+
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
+        embed_dim = cfg.embed_dim or cfg.z_channels
         self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, cfg.z_channels, 1)
 

@@ -4,7 +4,7 @@
     features, logits = load_judge()(x)      # (B, 128) for the Frechet distance, (B, 10) of the classes
 
 `python -m shapes.train` made teacher.pt and judge.pt beside this file. They hold fp16 weights and, under
-"metrics", how good the network is.
+"metrics", how good the network was when it was made.
 """
 from pathlib import Path
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 
-def convolutions(plan) -> list[nn.Module]:
+def convolutions(plan):
     """Return 3x3 convolution, BatchNorm and ReLU for each (channels in, channels out, stride) of the plan."""
     layers = [nn.PixelUnshuffle(2)]  # convolutions at full resolution would take most of the time
     for c_in, c_out, stride in plan:
-        layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(True)]
+        layers += nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(True)
     return layers
 
 
-def check_size(x: Tensor) -> None:
+def check_size(x: Tensor):
     """Raise ValueError unless images are 32 x 32: the linear layer and the grid were made for that size."""
     if x.shape[-2:] != (32, 32):
         raise ValueError(f"the shapes networks take 32 px images, got {tuple(x.shape)}: --image-size 32")
@@ -35,7 +35,6 @@ class ShapesTeacher(nn.Module):
     slowly on a CPU.
     """
 
-    format = "nanosendvae-shapes-teacher"
     grid = 4
 
     def __init__(self, dim: int = 128):
@@ -49,8 +48,7 @@ class ShapesTeacher(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(x)
-        tokens = self.net(x).flatten(2).transpose(1, 2)  # (B, dim, 4, 4) -> (B, 16, dim)
-        return tokens.float() - self.mean
+        return self.net(x).flatten(2).mT.float() - self.mean  # (B, dim, 4, 4) -> (B, 16, dim)
 
 
 class ShapesJudge(nn.Module):
@@ -59,8 +57,6 @@ class ShapesJudge(nn.Module):
     x (B, 3, 32, 32) in [-1, 1] -> (features (B, 128) fp32, class logits (B, num_classes)).
     attribute_head(features) -> logits (B, num_attributes), in the order of Shapes.attribute_names.
     """
-
-    format = "nanosendvae-shapes-judge"
 
     def __init__(self, num_classes: int = 10, num_attributes: int = 41):
         super().__init__()
@@ -76,23 +72,18 @@ class ShapesJudge(nn.Module):
         return features, self.class_head(features)
 
 
-def load(path, cls) -> nn.Module:
+def load(path, cls):
     """Read a network of class `cls`: fp32, on the CPU, in eval mode.
 
-    Raises FileNotFoundError without the file, ValueError if it holds something else.
+    Raises ValueError without the file, or if it holds something else.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; python -m shapes.train makes it")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != cls.format:
-            raise ValueError(state["format"])
-        net = cls(**state["config"])
-        net.load_state_dict(state["model"])
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        net = cls(**saved["config"])
+        net.load_state_dict(saved["model"])
         return net.eval()
-    except Exception as error:  # unreadable, not a dict, other tensors: the answer is the same
-        raise ValueError(f"{path}: no {cls.__name__} ({type(error).__name__}: {str(error)[:60]!r}); "
-                         "python -m shapes.train makes one") from error
+    except Exception as error:  # missing, unreadable, not a dict, other tensors: the answer is the same
+        raise ValueError(f"{path}: no {cls.__name__} ({error!r:.80}); shapes.train makes it") from error
 
 
 def load_teacher(path=Path(__file__).with_name("teacher.pt")) -> ShapesTeacher:

@@ -9,7 +9,6 @@ for as many steps. The judge, in whose features FD and class accuracy are measur
 
 Nothing is computed here but the pictures: the numbers are those that the stages have written.
 """
-import json
 import statistics
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import torch
 import checkpoints
 import common
 import data
-import plot
 import probe
 
 ARMS = {"plain": "plain VAE", "send": "Send-VAE"}  # folder in a run -> name
+KEYS = "rec,psnr_db,align,flow,val_flow,grad_norm"  # curves in the report
 SHOWN = 12  # images in the pictures of reconstructions and latents
 
 
@@ -57,11 +56,11 @@ def markdown_table(tables: list[dict]) -> str:
     for name in tables[0]["plain"]:
         plain, send = ([table[arm][name] for table in tables] for arm in ARMS)
         difference = [b - a for a, b in zip(plain, send)]
-        cells = [name]
+        line = f"| {name} |"
         for values, sign in ((plain, ""), (send, ""), (difference, "+")):
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):{sign}.3f}{spread}")
-        lines.append(f"| {' | '.join(cells)} |")
+            line += f" {statistics.mean(values):{sign}.3f}{spread} |"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -71,21 +70,19 @@ def markdown_table(tables: list[dict]) -> str:
 def draw_pictures(run: Path) -> None:
     """Write reconstructions.png, pca.png and samples.png into the run's folder."""
     val = data.open_dataset("shapes", 32, "val")
-    images, vaes = val.batch(range(SHOWN))["images"], [run / arm / "vae" for arm in ARMS]
-    strips = [images]
-    for path in vaes:
-        vae = checkpoints.load_vae(path)
-        strips.append(data.to_uint8(vae.decode(vae.encode(data.to_float(images)).mode())))
+    n, images, paths = val.num_classes, val.batch(range(SHOWN))["images"], [run / arm / "vae" for arm in ARMS]
+    x, vaes = data.to_float(images), map(checkpoints.load_vae, paths)
+    strips = [images, *(data.to_uint8(vae.decode(vae.encode(x).mode())) for vae in vaes)]
     data.save_grid(run / "reconstructions.png", torch.cat(strips), columns=SHOWN, scale=3)
-    probe.draw_pca(run / "pca.png", vaes, ARMS.values(), images, None, torch.device("cpu"))
+    probe.draw_pca(run / "pca.png", paths, ARMS.values(), images, None, torch.device("cpu"))
 
-    n, columns = val.num_classes, []  # (n, H, W, 3) each
+    columns = []  # (n, H, W, 3) each
     for arm in ARMS:
-        samples = data.ArrayImages(str(run / arm / "samples" / "cfg2" / "samples.npz")).images
+        samples = data.ArrayImages(run / arm / "samples" / "cfg2" / "samples.npz").images
         rounds = samples[:len(samples) // n * n].reshape(-1, n, 32, 32, 3)  # image i has class i mod n
         columns += [*rounds[:8], np.full_like(rounds[0], 255)]  # and a white gap
-    grid = np.stack(columns[:-1], axis=1)  # (n, 8 + 1 + 8, H, W, 3)
-    data.save_grid(run / "samples.png", grid.reshape(-1, 32, 32, 3), columns=grid.shape[1], scale=2)
+    grid = np.concatenate(np.stack(columns[:-1], axis=1))  # of (n, 8 + 1 + 8, H, W, 3)
+    data.save_grid(run / "samples.png", grid, columns=len(columns) - 1, scale=2)
 
 
 def main(argv=None):
@@ -93,20 +90,12 @@ def main(argv=None):
     table = markdown_table([measured(run) for run in runs])
     if len(runs) == 1:
         draw_pictures(runs[0])
-        logs = [f"{runs[0]}/{arm}/{stage}/log.jsonl" for stage in ("vae", "sit") for arm in ARMS]
-        keys = "rec,psnr_db,align,flow,val_flow,grad_norm"
-        command = ["curves", *logs, "--keys", keys, "--out", f"{runs[0]}/curves.png"]
-        curves = "![](curves.png)"
-        try:
-            plot.main(command)
-        except ModuleNotFoundError:
-            curves = f"`pip install matplotlib; python plot.py {' '.join(command)}`"
+        logs = " ".join(f"{runs[0]}/{arm}/{stage}/log.jsonl" for stage in ("vae", "sit") for arm in ARMS)
         text = ["# Quickstart report", __doc__.split("\n\n")[1], table,
                 "Images, reconstructions of plain VAE and Send-VAE: ![](reconstructions.png)",
-                "Principal components as colour: images, latents of plain VAE and Send-VAE, mapper's output, "
-                "teacher's tokens: ![](pca.png)",
+                "Principal components as colour: images, latents of both VAEs, mapper, teacher: ![](pca.png)",
                 "Samples, guidance 2, a line per class; left plain VAE, right Send-VAE: ![](samples.png)",
-                f"Losses over steps of the fine-tuned VAEs and of the SiTs: {curves}"]
+                f"Losses over steps: `pip install matplotlib; python plot.py curves {logs} --keys {KEYS}`"]
         (runs[0] / "report.md").write_text("\n\n".join(text) + "\n")
     print(table)
 

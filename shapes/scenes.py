@@ -23,6 +23,9 @@ HUES = {"red": (.95, .15, .15), "orange": (1., .55, .10), "yellow": (.98, .92, .
 BACKGROUNDS = {"black": (.05, .05, .05), "navy": (.05, .08, .36), "maroon": (.40, .05, .10),
                "forest": (.04, .30, .08), "plum": (.30, .05, .34), "slate": (.34, .38, .44),
                "brown": (.40, .24, .08), "teal": (.03, .32, .35)}
+# a factor -> what it can be; in the order in which _draw_factors draws them
+TABLES = {"shape": SHAPES, "hue": HUES, "background": BACKGROUNDS, "texture": TEXTURES, "fill": FILLS,
+          "second": SECONDS}
 SCENE = 64.0   # side of a scene in scene units, at any number of pixels
 PERIOD = 16.0  # of stripes and checkers, in scene units
 SPLITS = {"train": 0, "val": 1}
@@ -39,9 +42,8 @@ def _signed_distance(shape, x, y):
         return np.maximum(y, 0.866 * side - 0.5 * y) - 0.5
     if shape == "star":
         # Five-fold symmetry: fold the plane into half a sector. One edge is left, from tip to inner corner.
-        half = np.pi / 5
+        half, tip, inner = np.pi / 5, 0.95, 0.42
         angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
-        tip, inner = 0.95, 0.42
         normal = np.array([inner * np.sin(half), tip - inner * np.cos(half)])
         normal = (normal / np.hypot(*normal)).astype(np.float32)
         return (r * np.cos(angle) - tip) * normal[0] + r * np.sin(angle) * normal[1]
@@ -126,13 +128,11 @@ def _draw_factors(num, seed, split, frame):
     tens = -(-num // len(SHAPES)) * len(SHAPES)  # num, rounded up: each shape comes once in ten scenes
     a = np.random.default_rng([split, 0, seed]).random((tens, 8))  # what is in a scene
     b = np.random.default_rng([split, 1 + frame, seed]).random((tens, 10))  # how this frame shows it
-    f = {"shape": np.argsort(a[:, 0].reshape(-1, len(SHAPES)), axis=1).ravel(),
-         "hue": (a[:, 1] * len(HUES)).astype(int), "background": (a[:, 2] * len(BACKGROUNDS)).astype(int),
-         "texture": (a[:, 3] * len(TEXTURES)).astype(int), "fill": (a[:, 4] * len(FILLS)).astype(int),
-         "second": np.maximum(a[:, 5] * 6 - 2, 0).astype(int),  # none for half of them
-         "inverted": a[:, 7] < 0.5}
+    f = {key: (a[:, i] * len(names)).astype(int) for i, (key, names) in enumerate(TABLES.items())}
+    f["shape"] = np.argsort(a[:, 0].reshape(-1, len(SHAPES)), axis=1).ravel()
+    f["second"] = np.maximum(a[:, 5] * 6 - 2, 0).astype(int)  # none for half of them
     other = 1 + (a[:, 6] * (len(HUES) - 1)).astype(int)  # never the main hue
-    f["second_hue"] = (f["hue"] + other) % len(HUES)
+    f |= {"inverted": a[:, 7] < 0.5, "second_hue": (f["hue"] + other) % len(HUES)}
     f |= {"x": 25 + 14 * b[:, 0], "y": 25 + 14 * b[:, 1], "size": 18 + 7 * b[:, 2],
           "rotation": 60 * b[:, 3] - 30, "light": 0.85 + 0.25 * b[:, 4], "phase": b[:, 5],
           "vertical": b[:, 6] < 0.5, "second_x": np.where(b[:, 7] % 0.5 < 0.25, 9, 55) + 4 * b[:, 8] - 2,
@@ -159,16 +159,14 @@ class Shapes:
     def __init__(self, num: int, seed: int = 0, split: str = "train", size: int = 32, frame: int = 0):
         if split not in SPLITS or num < 1 or size < 8 or seed < 0 or frame < 0:
             raise ValueError(f"split {split!r}, num {num}, size {size}, seed {seed}, frame {frame}: want "
-                             f"split {' or '.join(SPLITS)}, num >= 1, size >= 8, seed >= 0, frame >= 0")
+                             "split train or val, num >= 1, size >= 8, seed >= 0, frame >= 0")
         self.image_size = size
         self.factors = _draw_factors(num, seed, SPLITS[split], frame)
         parts = [{k: v[i:i + 256] for k, v in self.factors.items()} for i in range(0, num, 256)]
         self.images = np.concatenate([_render(part, size) for part in parts])
         self.labels = self.factors["shape"].astype(np.int64)
-        tables = {"shape": SHAPES, "hue": HUES, "background": BACKGROUNDS, "texture": TEXTURES, "fill": FILLS,
-                  "second": SECONDS}
         columns = {f"{key}={name}": self.factors[key] == i
-                   for key, names in tables.items() for i, name in enumerate(names)}
+                   for key, names in TABLES.items() for i, name in enumerate(names)}
         columns |= {"tone=inverted": self.factors["inverted"], "position=right": self.factors["x"] > 32,
                     "position=low": self.factors["y"] > 32, "size=large": self.factors["size"] > 21.5}
         self.attribute_names = list(columns)

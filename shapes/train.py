@@ -9,7 +9,7 @@ video) gives such pairs, and the teacher learns to ignore what differs between t
 colours, so the network must use shape and fill. The other half are its own nearest neighbours (hard
 negatives). A second loss asks each token for the thumbnail of its own cell: it keeps colour and place.
 Judge (for fid.py): trained on class and attributes, with blur and noise, because it will see reconstructions.
-Both are measured on the "val" split, on which neither is trained.
+tests/test_shapes.py measures both on the "val" split, on which neither is trained.
 Read: train_teacher, train_judge. Letters: N scenes or tokens, B images of a batch, H W pixels, D features.
 """
 import numpy as np
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 import checkpoints
 import common
-import probe
 from shapes.networks import ShapesJudge, ShapesTeacher
 from shapes.scenes import Shapes
 
-SCENES, TEST = 24000, 11000  # scenes to train on, and scenes of "val" to measure on
+SCENES = 24000    # to train on
 LR = 2e-3         # peak of both; linear to 0
 PAIRS = 96        # pairs of frames in a batch of the teacher
 GROUPS = 4        # clusters that a batch is drawn from; even, divides PAIRS
@@ -46,7 +45,7 @@ def as_input(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def soften(x: Tensor, rng, blur: float, noise: float) -> Tensor:
+def soften(x: Tensor, rng, blur, noise) -> Tensor:
     """Mix each image (B, 3, H, W) with its 3 x 3 mean by a random share up to `blur`, and add white noise of
     a random standard deviation up to `noise`. rng: numpy's generator."""
     amount = torch.from_numpy(rng.random((2, len(x), 1, 1, 1), np.float32))
@@ -62,7 +61,7 @@ def in_chunks(function, images: np.ndarray, device) -> Tensor:
     return torch.cat([function(as_input(part).to(device)).float().cpu() for part in parts])
 
 
-def training_steps(net: nn.Module, steps: int, device):
+def training_steps(net, steps, device):
     """Yield (step, losses): the caller fills the dict, whose sum then takes `net` one step down."""
     net.to(device, memory_format=torch.channels_last).train()
     optimizer = common.adamw(net.parameters(), LR, weight_decay=0.05)
@@ -91,8 +90,8 @@ def colour_histograms(images: np.ndarray) -> Tensor:
 
 def cluster(points: Tensor, seed: int) -> list[np.ndarray]:
     """Group points (N, D) by k-means; return the indices of each group that can fill its part of a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = points[torch.randperm(len(points), generator=generator)[:CLUSTERS]]
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
+    centres = points[order[:CLUSTERS]]
     for _ in range(15):
         nearest = torch.cdist(points, centres).argmin(dim=1)
         total = torch.zeros_like(centres).index_add_(0, nearest, points)
@@ -102,14 +101,13 @@ def cluster(points: Tensor, seed: int) -> list[np.ndarray]:
     return [group for group in groups if len(group) >= PAIRS // GROUPS]
 
 
-def train_teacher(steps: int, seed: int, device, dtype) -> ShapesTeacher:
+def train_teacher(steps, seed, device, dtype) -> ShapesTeacher:
     """Return the teacher, trained on four frames of each scene."""
     torch.manual_seed(seed)
-    teacher = ShapesTeacher()
+    teacher, rng = ShapesTeacher(), np.random.default_rng(seed)
     head = nn.Sequential(nn.Linear(2 * teacher.dim, 256), nn.ReLU(), nn.Linear(256, 128))  # not kept
     thumbnail = nn.Linear(teacher.dim, 48)  # not kept
     net = nn.ModuleList((teacher, head, thumbnail))
-    rng = np.random.default_rng(seed)
 
     def embed(x):
         with common.autocast(device, dtype):
@@ -125,11 +123,9 @@ def train_teacher(steps: int, seed: int, device, dtype) -> ShapesTeacher:
             net.train()
 
         # two frames of each scene of a few groups
-        index = []
-        for source in sources * (GROUPS // 2):
-            index.extend(rng.choice(source[rng.integers(len(source))], PAIRS // GROUPS, replace=False))
-        first, second = rng.choice(len(frames), 2, replace=False)
-        images = np.concatenate([frames[first][index], frames[second][index]])
+        index = np.concatenate([rng.choice(source[rng.integers(len(source))], PAIRS // GROUPS, replace=False)
+                                for source in sources * (GROUPS // 2)])
+        images = np.concatenate([frames[k][index] for k in rng.choice(len(frames), 2, replace=False)])
         x = soften(as_input(images), rng, blur=0.0, noise=0.1).to(device)  # (2 PAIRS, 3, H, W)
         embedding, guess = embed(x)
 
@@ -145,41 +141,22 @@ def train_teacher(steps: int, seed: int, device, dtype) -> ShapesTeacher:
     return teacher
 
 
-def measure_teacher(teacher: ShapesTeacher, test: Shapes) -> dict[str, float]:
-    """Return the macro F1 over attributes of a linear probe of pooled tokens."""
-    x = in_chunks(lambda images: pool(teacher(images)), test.images, "cpu")
-    y = torch.from_numpy(test.attributes)
-    fit = probe.fit_linear_probe(x[:7000], y[:7000], x[7000:8000], y[7000:8000], x[8000:])
-    return {"macro_f1": probe.f1_scores(fit["logits"], y[8000:])["macro_f1"]}
-
-
 # judge
 
-def train_judge(steps: int, seed: int, device, dtype) -> ShapesJudge:
+def train_judge(steps, seed, device, dtype) -> ShapesJudge:
     """Return the judge, trained on class (cross entropy) and attributes (binary cross entropy)."""
     torch.manual_seed(seed)
-    data, judge = Shapes(SCENES, seed), ShapesJudge()
-    rng = np.random.default_rng(seed)
+    data, judge, rng = Shapes(SCENES, seed), ShapesJudge(), np.random.default_rng(seed)
     for _, losses in training_steps(judge, steps, device):
         index = rng.integers(len(data), size=128)
         x = soften(as_input(data.images[index]), rng, blur=0.8, noise=0.15).to(device)
-        label = torch.from_numpy(data.labels[index]).to(device)
-        attributes = torch.from_numpy(data.attributes[index]).float().to(device)
+        label, attributes = (torch.from_numpy(y[index]).to(device) for y in (data.labels, data.attributes))
         with common.autocast(device, dtype):
             features, logits = judge(x)
             guess = judge.attribute_head(features)
         losses["class"] = F.cross_entropy(logits.float(), label)
-        losses["attributes"] = 10 * F.binary_cross_entropy_with_logits(guess.float(), attributes)
+        losses["attributes"] = 10 * F.binary_cross_entropy_with_logits(guess.float(), attributes.float())
     return judge.eval()
-
-
-@torch.no_grad()
-def measure_judge(judge: ShapesJudge, test: Shapes, blur: float = 0.8, noise: float = 0.15) -> dict:
-    """Return the class accuracy and the macro F1 over attributes, on blurred and noisy images."""
-    rng = np.random.default_rng(0)
-    features = in_chunks(lambda x: judge(soften(x, rng, blur, noise))[0], test.images, "cpu")
-    f1 = probe.f1_scores(judge.attribute_head(features), torch.from_numpy(test.attributes))["macro_f1"]
-    return {"class_accuracy": probe.class_accuracy(judge.class_head(features), test.labels), "macro_f1": f1}
 
 
 def main(argv=None):
@@ -187,17 +164,15 @@ def main(argv=None):
     torch.set_num_threads(1)  # more would add up in another order
     device = common.setup(args.device).device
     dtype = common.resolve_dtype(args.dtype, device)
-    test = Shapes(TEST, args.seed, "val")
-    for name, steps, train, measure in (("judge", args.judge_steps, train_judge, measure_judge),
-                                        ("teacher", args.steps, train_teacher, measure_teacher)):
-        if steps == 0:
-            continue
-        net = train(steps, args.seed, device, dtype).cpu().half().float()  # as the file will hold it
-        metrics, path = measure(net, test), f"{args.out}/{name}.pt"
-        # shapes.networks.load reads it. Empty config: sizes are the default ones.
-        checkpoints.save_file(path, {"format": net.format, "config": {}, "model": net.half().state_dict(),
-                                     "metrics": metrics, "args": vars(args), "versions": common.versions()})
-        print(f"{path}: {metrics}", flush=True)
+    stages = {"judge": (args.judge_steps, train_judge), "teacher": (args.steps, train_teacher)}
+    for name, (steps, train) in stages.items():
+        if steps:
+            net = train(steps, args.seed, device, dtype).cpu().half()
+            # shapes.networks.load reads it. Empty config: sizes are the default ones.
+            content = {"format": f"nanosendvae-shapes-{name}", "config": {}, "model": net.state_dict()}
+            facts = {"args": vars(args), "versions": common.versions()}
+            checkpoints.save_file(f"{args.out}/{name}.pt", content | facts)
+            print(f"wrote {args.out}/{name}.pt")
 
 
 if __name__ == "__main__":

@@ -87,18 +87,13 @@ def pictures(tmp_path_factory):
     return str(small.pictures(tmp_path_factory.mktemp("pictures") / "train", n=40))
 
 
-@pytest.fixture(scope="session")
-def trained(pictures, tmp_path_factory):
-    """Paths of what the stages leave: .pictures -> .vae -> .latents -> .sit, tiny, of random weights.
-
-    The VAE's weights have unit gain, so that outputs differ from image to image, as they do after training.
-    """
+def make_trained(pictures, root):
+    """Write into the folder `root` what the stages leave; return the paths of what `trained` names."""
     import encode
     import small
     from data import LatentFolder
     from losses import PatchDiscriminator
     from vae import VAE, VAE_SIZES
-    root = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     vae = VAE(VAE_SIZES["tiny"])
     for p in vae.parameters():
@@ -111,5 +106,14 @@ def trained(pictures, tmp_path_factory):
     facts = LatentFolder(root / "latents").facts
     sit = small.small_sit(input_size=4, in_channels=facts["channels"], num_classes=2)
     small.small_sit_checkpoint(root / "sit", sit, vae, latents=facts)
-    return SimpleNamespace(pictures=pictures, vae=str(root / "vae"), latents=str(root / "latents"),
-                           sit=str(root / "sit"))
+    paths = {name: str(root / name) for name in ("vae", "latents", "sit")}
+    return SimpleNamespace(pictures=pictures, **paths)
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory):
+    """Paths of what the stages leave: .pictures -> .vae -> .latents -> .sit, tiny, of random weights.
+
+    The VAE's weights have unit gain, so that outputs differ from image to image, as they do after training.
+    """
+    return make_trained(pictures, tmp_path_factory.mktemp("trained"))

@@ -1,68 +1,65 @@
-"""Run commands in several gloo processes, as torchrun does, but quickly: torch is imported once, then forked.
+"""Run commands in several gloo processes, as torchrun does, but quickly: all is imported once, then forked.
 
-    python tests/ranks.py '[{"world": 3, "commands": ["train_vae --data ..."], "fault": ""}, ...]'
-
-A job ends when all its processes have, or 10 s after the first of them has failed: torchrun ends the others
-then. Prints a JSON line a job: {"codes": exit codes by rank (-9: it had to be killed), "first": ranks that
-failed by themselves}. fault: Python that each process runs first; it sees `rank`.
+A job: (processes, command, Python that each process runs first: it sees `rank` and the stages). It ends when
+all its processes have, or 10 s after the first of them has failed: torchrun ends the others then.
 """
-import importlib
 import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import timm  # noqa: F401  each fork would import it anew
 import torch
 
 import common
-import encode  # these four are imported here once, for all processes
+import encode
 import sample
 import train_sit
 import train_vae
 
-assert encode and sample and train_sit and train_vae
+STAGES = {module.__name__: module for module in (train_vae, encode, train_sit, sample)}
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def run_jobs(*jobs):
+    """Run jobs in a process of their own; return (exit codes of each job by rank, -9 for a process that had
+    to be killed; all that went to stderr)."""
+    done = subprocess.run([sys.executable, __file__, json.dumps(jobs)], capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line[:6] == "codes "], done.stderr
 
 
-def run_rank(rank, job, ports):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"]),
-                   "MASTER_ADDR": "127.0.0.1"}
-    exec(job.get("fault", ""), {"rank": rank, "os": os, "train_vae": train_vae})
-    for command, port in zip(job["commands"], ports):
-        os.environ["MASTER_PORT"] = str(port)
-        name, *flags = command.split()
-        common.cli(lambda: importlib.import_module(name).main(flags))
+def run_rank(rank, world, port, command, fault):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    exec(fault, {"rank": rank, "os": os, **STAGES})
+    name, *flags = command.split()
+    common.cli(lambda: STAGES[name].main(flags))
 
 
-def run_job(job):
-    ports, fork = [free_port() for _ in job["commands"]], multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run_rank, args=(rank, job, ports)) for rank in range(job["world"])]
+def run_job(world, *job):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, fork = server.getsockname()[1], multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_rank, args=(rank, world, port, *job)) for rank in range(world)]
     for process in processes:
         process.start()
-    failed = None
-    while any(process.is_alive() for process in processes):
+    end = time.monotonic() + 120
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
         time.sleep(0.05)
-        if failed is None and any(process.exitcode for process in processes):
-            failed = time.monotonic()
-        if failed and time.monotonic() > failed + 10:
-            break
-    first = [rank for rank, process in enumerate(processes) if process.exitcode]
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + 10)
     for process in processes:
         process.kill()
         process.join()
-    return {"codes": [process.exitcode for process in processes], "first": first}
+    return [process.exitcode for process in processes]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(sys.argv[1]):
-        print(json.dumps(run_job(job)), flush=True)
+        print("codes", json.dumps(run_job(*job)), flush=True)

@@ -76,7 +76,7 @@ def small_sit_checkpoint(folder, sit=None, vae=None, step=1, latents=None, **cha
     state = {"format": checkpoints.SIT, "step": step, "images_seen": 8 * step, "model": sit.state_dict(),
              "ema": sit.state_dict(), "model_config": asdict(sit.config), "latents": facts | (latents or {}),
              "optimizer": {}, "scaler": None, "time": "t=0 data, t=1 noise, v = eps - z", "versions": {},
-             "args": {"latents": "latents", "label_dropout": 0.1}}
+             "args": {"latents": "latents", "label_dropout": 0.1, "model": "small"}}
     return save(Path(folder) / f"ckpt_{step:07d}.pt", state | changes)
 
 

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 from attributes import SPLITS, open_attributes
-from shapes.scenes import Shapes
 
 CELEBA_NAMES = ["5_o_Clock_Shadow", "Bald", "Young"]
 AWA_CLASSES = ["antelope", "grizzly+bear", "killer+whale"]
@@ -83,9 +81,8 @@ def csv_folder(root, folders=("class 0", "class 1")):
     write(root / "attributes.csv", [*lines, ""], "\r\n")
 
 
-def files_of(splits, name):
-    images, indices = splits[name]
-    return [str(images.files[i]) for i in indices]
+def counts(splits):
+    return [len(splits[name][1]) for name in SPLITS]
 
 
 def check_values(splits, values_of):
@@ -97,74 +94,45 @@ def check_values(splits, values_of):
         assert images.attributes[indices].astype(int).tolist() == [values_of(number) for number in numbers]
 
 
-def counts(splits):
-    return [len(splits[name][1]) for name in SPLITS]
-
-
 # the published trees
 
-@pytest.mark.parametrize("make", [
-    celeba, kaggle, lambda root: celeba(root, "Anno", "Img/img_align_celeba"),
-    lambda root: celeba(root, end=" \r\n", space="\t ")], ids=["flat", "kaggle", "folders", "tabs"])
-def test_celeba_is_read_in_its_published_layouts(tmp_path, make):
-    make(tmp_path)
+def bits(number):
+    return [number >> k & 1 for k in range(3)]
+
+
+# attributes, classes, images in each split, the attributes of a picture by its number
+CELEBA = CELEBA_NAMES, ["unconditional"], [12, 4, 4], bits
+DEEPFASHION = (["shape=a-line", "texture=abstract chevron print", "part=zip-up back"], ["unconditional"],
+               [6, 3, 3], lambda number: [int(number % 3 == k) for k in range(3)])
+AWA2 = ["black", "white", "big", "swims"], AWA_CLASSES, [21, 3, 6], lambda number: AWA_MATRIX[number // 2]
+CSV = [14, 2, 4], lambda number: [number % 2, int(number > 9)]
+
+
+@pytest.mark.parametrize("make, given, expected", [
+    (celeba, (), CELEBA), (celeba, ("Anno", "Img/img_align_celeba"), CELEBA), (kaggle, (), CELEBA),
+    (celeba, ("", "img_align_celeba", 20, " \r\n", "\t "), CELEBA),  # by tabs
+    (deepfashion, ("Anno", "Img/img"), DEEPFASHION), (deepfashion, ("Anno_coarse", "Img/img"), DEEPFASHION),
+    (deepfashion, ("", "img"), DEEPFASHION), (awa2, (), AWA2),
+    (csv_folder, (), (["warm", "round"], ["class 0", "class 1"], *CSV)),
+    (csv_folder, (("train", "val"),), (["warm", "round"], ["unconditional"], *CSV))])
+def test_published_layouts_are_read_and_each_class_of_awa2_is_split_alike(tmp_path, make, given, expected):
+    make(tmp_path, *given)
     for path in tmp_path.glob("list*"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
     splits = open_attributes(str(tmp_path), 32)
     images, _ = splits["test"]
-    assert images.attribute_names == CELEBA_NAMES and images.class_names == ["unconditional"]
-    assert counts(splits) == [12, 4, 4]
-    assert files_of(splits, "val") == [f"{i:06d}.jpg" for i in (13, 14, 15, 16)]
-    check_values(splits, lambda number: [number >> k & 1 for k in range(3)])
-
-
-@pytest.mark.parametrize("anno, pictures", [("Anno", "Img/img"), ("Anno_coarse", "Img/img"), ("", "img")])
-def test_deepfashion_is_read_in_its_published_layouts(tmp_path, anno, pictures):
-    deepfashion(tmp_path, anno, pictures)
-    splits = open_attributes(str(tmp_path), 32)
-    names = splits["train"][0].attribute_names
-    assert names == ["shape=a-line", "texture=abstract chevron print", "part=zip-up back"]
-    assert counts(splits) == [6, 3, 3]
-    check_values(splits, lambda number: [int(number % 3 == k) for k in range(3)])
-
-
-def test_awa2_gives_images_their_class_attributes_and_splits_every_class(tmp_path):
-    awa2(tmp_path)
-    splits = open_attributes(str(tmp_path), 32)
-    for name, count in zip(SPLITS, (7, 1, 2)):
-        images, indices = splits[name]
-        assert images.attribute_names == ["black", "white", "big", "swims"]
-        assert images.class_names == AWA_CLASSES
-        assert np.bincount(images.labels[indices]).tolist() == [count] * 3
-    check_values(splits, lambda number: AWA_MATRIX[number // 2])
-    assert len({*sum((files_of(splits, name) for name in SPLITS), [])}) == 30
-    fewer = open_attributes(str(tmp_path), 32, num_train=5, seed=1)  # the other splits stay
-    assert counts(fewer) == [5, 3, 6] and files_of(fewer, "test") == files_of(splits, "test")
-
-
-@pytest.mark.parametrize("folders, classes", [(("class 0", "class 1"), ["class 0", "class 1"]),
-                                              (("train", "val"), ["unconditional"])])
-def test_attributes_csv_is_read_above_class_folders_and_above_train_and_val(tmp_path, folders, classes):
-    csv_folder(tmp_path, folders)
-    splits = open_attributes(str(tmp_path), 32)
-    images, _ = splits["test"]
-    assert images.attribute_names == ["warm", "round"] and images.class_names == classes
-    assert counts(splits) == [14, 2, 4]
-    check_values(splits, lambda number: [number % 2, int(number > 9)])
-    if len(classes) == 2:
+    assert (images.attribute_names, images.class_names, counts(splits)) == expected[:3]
+    check_values(splits, expected[3])
+    for (images, indices), count in zip(splits.values(), (7, 1, 2)):
+        assert make is not awa2 or np.bincount(images.labels[indices]).tolist() == [count] * 3
+    assert len({*np.concatenate([indices for _, indices in splits.values()])}) == sum(expected[2])
+    fewer = open_attributes(str(tmp_path), 32, num_train=5, seed=1)
+    assert counts(fewer) == [5, *expected[2][1:]] and {*fewer["train"][1]} < {*splits["train"][1]}
+    if images.class_names == ["class 0", "class 1"]:
         assert images.labels.tolist() == images.attributes[:, 0].astype(int).tolist()
         (tmp_path / "attributes.csv").unlink()
-        other = open_attributes(str(tmp_path), 32)
-        assert other["test"][0].attribute_names == [] and other["test"][0].class_names == classes
-
-
-def test_embedded_set_has_exact_attributes_and_fits_on_as_many_images_as_asked(monkeypatch):
-    monkeypatch.setitem(data.SHAPES_NUM, "val", 30)
-    splits, shapes = open_attributes("shapes", 32, num_train=40), Shapes(50, 0, "train")
-    assert counts(splits) == [40, 10, 30]
-    images, indices = splits["val"]
-    assert indices.tolist() == [*range(40, 50)] and (images.images == shapes.images).all()
-    assert (splits["test"][0].images == Shapes(30, 0, "val").images).all()
+        images, _ = open_attributes(str(tmp_path), 32)["test"]
+        assert images.attribute_names == [] and images.class_names == ["class 0", "class 1"]
 
 
 def test_one_percent_of_the_listed_images_may_be_missing(tmp_path, capsys):
@@ -172,9 +140,11 @@ def test_one_percent_of_the_listed_images_may_be_missing(tmp_path, capsys):
     (tmp_path / "img_align_celeba" / "000014.jpg").unlink()
     draw(tmp_path / "img_align_celeba" / "999999.jpg", 9)  # and a file that is not listed
     splits = open_attributes(str(tmp_path), 32)
+    images, indices = splits["val"]
     assert counts(splits) == [12, 3, 4]
+    assert [str(images.files[i]) for i in indices] == ["000013.jpg", "000015.jpg", "000016.jpg"]
     assert "1 of 20 listed images have no file or no split (000014.jpg)" in capsys.readouterr().out
-    check_values(splits, lambda number: [number >> k & 1 for k in range(3)])  # nothing has moved
+    check_values(splits, bits)  # nothing has moved
     change(tmp_path / "list_eval_partition.txt", "000002.jpg 0\n", "")
     with pytest.raises(ValueError, match="2 of 20"):
         open_attributes(str(tmp_path), 32)

@@ -1,249 +1,233 @@
-"""Runs that are stopped, doubled, short of disk, or whose processes do not agree; damaged checkpoints.
-
-Run: ./test.sh tests/test_faults.py        (about 40 s on 2 cores)
-Kills at random: tests/soak.py. Restarts by torchrun: test_machines.py.
-"""
+"""Runs that are stopped, doubled, short of disk, or whose processes do not agree; damaged checkpoints (25 s).
+Kills at random: tests/soak.py. Restarts by torchrun: test_machines.py."""
 import json
+import multiprocessing
 import os
+import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_train import SIT, VAE, assert_same_gradient, assert_same_vae_step, log_of, run
+from ranks import run_jobs
+from test_parts import drawn, same_samples  # noqa: F401
+from test_train import CPU, SIT, VAE, assert_same_gradient, assert_same_vae_step, log_of, run
 
 import checkpoints
+import common
 import data
+import encode
+import sample
+import train_sit
 import train_vae
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 PLAIN = f"{VAE} --gan 0 --align 0"  # two networks fewer: for what does not concern them
+STEP = f"{VAE} --batch-size 12 --bn-group 2 --steps 1"
 
 
-def start(command, **kwargs):
-    """Start a command in a process of its own."""
-    script, *flags = command.split()
-    return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *flags], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, cwd=ROOT, **kwargs)
+def hold(folder):
+    common.claim(folder, CPU)
+    (folder / "held").touch()
+    time.sleep(100)
 
 
-def finish(command, **kwargs):
-    """Return (exit code, stdout, lines of stderr without the bar) of a command."""
-    process = start(command, **kwargs)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-
-
-def run_jobs(*jobs):
-    """Run jobs of tests/ranks.py; return (their results, all that was printed on stderr)."""
-    done = subprocess.run([sys.executable, ROOT / "tests" / "ranks.py", json.dumps(jobs)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')], done.stderr
-
-
-def wait_for(condition, process):
-    while not condition():
+def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(trained, tmp_path):
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,), daemon=True)
+    first.start()
+    while not (tmp_path / "held").exists():
         time.sleep(0.05)
-        assert process.poll() is None, process.communicate()
-
-
-# one process
-
-def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(pictures, trained, tmp_path):
-    command = f"train_vae --data {pictures} {PLAIN} --steps 100000 --save-every 1 --out {tmp_path}"
-    process = start(command)
-    wait_for(lambda: checkpoints.checkpoints_in(tmp_path), process)
-    for flags in (command, f"train_sit --latents {trained.latents} {SIT} --steps 1 --out {tmp_path}",
-                  f"encode --data {pictures} --vae {trained.vae} --device cpu --out {tmp_path}",
-                  f"sample --ckpt {trained.sit} --device cpu --steps 1 --out {tmp_path}"):
-        script, *flags = flags.split()
+        assert first.is_alive()
+    flags = f"--ckpt {trained.sit} --device cpu --num 1 --steps 1"
+    for stage, flags in ((train_vae, f"--data {trained.pictures} {PLAIN}"),
+                         (train_sit, f"--latents {trained.latents} {SIT}"),
+                         (encode, f"--data {trained.pictures} --vae {trained.vae} --device cpu"),
+                         (sample, flags)):
         with pytest.raises(ValueError, match="another run writes there"):
-            __import__(script).main(flags)
-    process.kill()
-    process.communicate()
+            stage.main([*flags.split(), "--out", str(tmp_path)])
+    first.kill()
+    first.join()
     (tmp_path / ".ckpt_0000077.pt.tmp").write_bytes(b"of a run that was killed while it saved")
-    step = checkpoints.newest(tmp_path)["step"]
-    run(train_vae, f"--data {pictures} {PLAIN} --steps {step + 1} --out {tmp_path}")
-    assert checkpoints.newest(tmp_path)["step"] == step + 1 and not [*tmp_path.glob(".*.tmp")]
+    run(sample, f"{flags} --out {tmp_path}")
+    assert (tmp_path / "grid.png").exists() and not [*tmp_path.glob(".*.tmp")]
 
 
-def test_a_full_disk_ends_a_run_by_one_line_and_keeps_what_was_there(pictures, tmp_path):
+def test_a_full_disk_ends_a_run_by_one_line_and_keeps_all(pictures, tmp_path, monkeypatch, capsys):
     """The size of files is limited for the process, which fails as on a full disk."""
-    command = f"train_vae --data {pictures} {PLAIN} --save-every 1 --out {tmp_path}"
-    run(train_vae, f"--data {pictures} {PLAIN} --steps 2 --out {tmp_path}")
-    limit = """if True:
-        import resource, sys
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        import common, train_vae
-        common.cli(lambda: train_vae.main(sys.argv[1:]))"""
-    done = subprocess.run([sys.executable, "-c", limit, *command.split()[1:], "--steps", "4"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
-    line = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "ckpt_0000003.pt: not written" in line and "MiB free" in line and "is kept" in line
-    assert checkpoints.newest(tmp_path)["step"] == 2 and not [*tmp_path.glob(".*.tmp")]
+    flags = f"--data {pictures} {PLAIN} --out {tmp_path} --steps"
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run(train_vae, f"{flags} 1")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most[1]))
+    try:
+        with pytest.raises(SystemExit, match="^1$"):
+            common.cli(lambda: run(train_vae, f"{flags} 2"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    printed = capsys.readouterr().err
+    for part in ("ckpt_0000002.pt: not written", "MiB free", "is kept"):
+        assert part in printed.splitlines()[-1]
+    assert "Traceback" not in printed and not [*tmp_path.glob(".*.tmp")]
+    assert checkpoints.newest(tmp_path)["step"] == 1
 
 
-def test_flipped_bits_in_a_checkpoint_are_noticed_and_the_one_before_is_taken(trained, tmp_path, capsys):
+def test_flipped_bits_in_a_checkpoint_are_noticed_and_the_one_before_is_taken(tmp_path, capsys):
     """Or they do no harm: in the padding between the parts of the file."""
-    saved = {"format": checkpoints.VAE, "progress": {}, "numbers": [1.5, {"lr": 3e-4}], "tensors": {
-        "a": torch.randn(999), "b": torch.arange(7, dtype=torch.uint8), "c": torch.randn(8, 8).bfloat16()}}
+    tensors = torch.randn(999), torch.arange(7, dtype=torch.uint8), torch.randn(8, 8).bfloat16()
+    saved = {"format": checkpoints.VAE, "numbers": [1.5, {"lr": 3e-4}], "tensors": tensors}
     for step in (1, 2):
         checkpoints.save(tmp_path, step, saved | {"step": step}, keep=2)
     file, rng, harmless = tmp_path / "ckpt_0000002.pt", np.random.default_rng(0), 0
     whole = file.read_bytes()
-    for _ in range(150):
+    for _ in range(100):
         flipped, place = bytearray(whole), rng.integers(len(whole))
         flipped[place] ^= 1 << rng.integers(8)
         file.write_bytes(flipped)
         newest = checkpoints.newest(tmp_path)
         if newest["step"] == 2:
             harmless += 1
-            newest = {key: newest[key] for key in (*saved, "step")}
-            assert checkpoints.digest(newest) == checkpoints.digest(saved | {"step": 2})
-    assert harmless < 60 and "passing over this checkpoint" in capsys.readouterr().out
+            assert newest["numbers"] == saved["numbers"] and newest["format"] == saved["format"]
+            assert all(map(torch.equal, newest["tensors"], tensors))
+    assert harmless < 40 and "passing over this checkpoint" in capsys.readouterr().out
 
 
-def test_latents_keep_the_vae_that_they_need(tmp_path):
-    for step in (1, 2, 3, 4):
-        checkpoints.save(tmp_path, step, {"step": step}, keep=1)
-        if step == 2:
-            checkpoints.keep_for_latents(tmp_path / "ckpt_0000002.pt")
-    assert sorted(checkpoints.checkpoints_in(tmp_path)) == [2, 4]
-
-
-CHANGES = [  # (flags of the first run, of the second, what is refused, or said and done)
-    ("train_vae", "", "--seed 1", "--seed 0, not 1"), ("train_vae", "", "--data {other}", "images_hash"),
-    ("train_vae", "--gan 1", "--gan 1 --bn-group 2", "--bn-group 4, not 2"),
-    ("train_vae", "", "--gan 1", "GAN False"), ("train_vae", "", "--lr 5e-4 --kl 1e-3", None),
-    ("train_sit", "", "--seed 1", "--seed 0, not 1"),
-    ("train_sit", "", "--latents {other}", "latents_hash"),
-    ("train_sit", "", "--lr 5e-4 --batch-size 4", None)]
-
-
-@pytest.mark.parametrize("script, before, after, refused", CHANGES)
+@pytest.mark.parametrize("script, other, changed, seen", [
+    (train_vae, "images_hash", "--lr 5e-4 --kl 1e-3", 24),
+    (train_sit, "latents_hash", "--lr 5e-4 --batch-size 4", 16)])
 def test_what_makes_another_run_is_refused_and_other_changes_are_said(
-        script, before, after, refused, trained, tmp_path, capsys):
-    base = {"train_vae": f"--data {trained.pictures} {PLAIN}",
-            "train_sit": f"--latents {trained.latents} {SIT}"}
-    other = shutil.copytree(base[script].split()[1], tmp_path / "other")
-    if script == "train_vae":  # one picture is another one, of the same name and size
-        pixels = sorted((other / "a").iterdir())
-        pixels[3].write_bytes(pixels[4].read_bytes())
+        script, other, changed, seen, trained, tmp_path, capsys):
+    base = f"--latents {trained.latents} {SIT}"
+    if script is train_vae:
+        base = f"--data {trained.pictures} {PLAIN}"
+    source, there = base.split()[:2]
+    folder, base = shutil.copytree(there, tmp_path / "other"), f"{base} --out {tmp_path}/out --steps"
+    if script is train_vae:  # one picture is another one, of the same name and size
+        shutil.copy(folder / "a/0.png", folder / "a/2.png")
     else:  # two images have changed their classes
-        latents = data.LatentFolder(other)
+        latents = data.LatentFolder(folder)
         latents.labels[[0, -1]] = latents.labels[[-1, 0]]
-        np.save(other / "labels.npy", latents.labels)
+        np.save(folder / "labels.npy", latents.labels)
         facts = latents.facts | {"latents_hash": latents.hash_latents(latents.labels)}
-        (other / "meta.json").write_text(json.dumps(facts))
-    main, base = __import__(script).main, f"{base[script]} --out {tmp_path}/out"
-    main(f"{base} {before} --steps 1".split())
-    capsys.readouterr()
-    flags = f"{base} {after.format(other=other)} --steps 3".split()
-    if refused:
-        for dry in (["--dry-run"], []):  # which says so, too
+        (folder / "meta.json").write_text(json.dumps(facts))
+    script.main(f"{base} 1".split())
+    for flags, refused in (("--seed 1", "seed 0, not 1"), (f"{source} {folder}", other)):
+        for dry in ("--dry-run", ""):  # which says so, too
             with pytest.raises(ValueError, match=refused):
-                main([*flags, *dry])
-        return
-    main(flags)
-    printed = capsys.readouterr().out
-    saved = checkpoints.newest(tmp_path / "out")
-    assert "lr 0.001 -> 0.0005" in printed and saved["images_seen"] == 8 + 2 * (4 if "size 4" in after else 8)
-    main(flags)
-    assert "nothing left to do at step 3 of 3" in capsys.readouterr().out
+                script.main(f"{base} 3 {flags} {dry}".split())
+    for said in ("lr 0.001 -> 0.0005", "nothing left to do at step 3 of 3"):
+        script.main(f"{base} 3 {changed}".split())
+        assert said in capsys.readouterr().out
+    assert checkpoints.newest(tmp_path / "out")["images_seen"] == seen
 
 
 def test_an_evaluation_that_was_not_reached_is_made_up_for(pictures, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
-    flags = f"--data {pictures} {PLAIN} --eval-every 2 --out {tmp_path} --steps"
+    flags = f"--data {pictures} {PLAIN} --eval-every 1 --out {tmp_path} --steps 1"
     with monkeypatch.context() as patch:
         patch.setattr(train_vae, "evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(train_vae, f"{flags} 2")
-    run(train_vae, f"{flags} 2")
-    assert [row["step"] for row in log_of(tmp_path, "psnr_db")] == [2]
+            run(train_vae, flags)
+    run(train_vae, flags)
+    assert [row["step"] for row in log_of(tmp_path, "psnr_db")] == [1]
 
 
 # several processes
 
-def test_one_three_and_four_processes_take_the_same_step(trained, tmp_path):
-    """Two: test_train.py."""
-    jobs = [{"world": world, "commands": [
-        f"train_vae --data {trained.pictures} {VAE} --batch-size 24 --bn-group 2 --micro-batch-size {micro} "
-        f"--init {trained.vae} --steps 1 --out {tmp_path}/{world}/vae",
-        f"train_sit --latents {trained.latents} {SIT} --batch-size 24 --micro-batch-size {micro} --steps 1 "
-        f"--out {tmp_path}/{world}/sit"]} for world, micro in ((1, 0), (3, 8), (4, 2))]
-    results, errors = run_jobs(*jobs)
-    assert [result["codes"] for result in results] == [[0] * world for world in (1, 3, 4)], errors
-    one = [checkpoints.newest(tmp_path / "1" / stage) for stage in ("vae", "sit")]
-    for world in (3, 4):
-        vae, sit = (checkpoints.newest(tmp_path / str(world) / stage) for stage in ("vae", "sit"))
-        # Another order of sums may turn a hinge or a LeakyReLU around; a wrong scale would be off by a half.
-        assert_same_vae_step(one[0], vae, tolerance=1e-2)
-        assert_same_gradient(one[1]["optimizer"], sit["optimizer"], tolerance=2e-4)
-        assert vae["images_seen"] == sit["images_seen"] == 24
+IN_A_STEP = """
+import signal
+step = train_sit.train_step
+def train_step(nets, batches, number, *rest):
+    if number == 3:
+        {fault}
+    return step(nets, batches, number, *rest)
+train_sit.train_step = train_step"""
+# As a cgroup's stop: torchrun passes the signal on, so that each process gets it twice.
+TWICE = IN_A_STEP.format(fault="[os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]")
+RAISES = IN_A_STEP.format(fault="rank == 2 and 1 / 0")
+KILLED = """
+import numpy, signal
+write, parts = numpy.savez, []
+def die(file, *arrays):
+    parts.append(file)
+    if len(parts) == 2:
+        file.write(b"half a part")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, *arrays)
+numpy.savez = die"""
 
 
-def test_processes_that_fail_or_do_not_agree_end_the_job_by_their_line(trained, tmp_path):
+@pytest.fixture(scope="module")
+def jobs(trained, drawn, tmp_path_factory):  # noqa: F811
+    """(folder, {job: exit codes of its processes}, what all jobs printed on stderr); one start for all."""
+    out = tmp_path_factory.mktemp("jobs")
+    vae, sit = f"train_vae --data {trained.pictures}", f"train_sit --latents {trained.latents} {SIT}"
+    for rank in "01":  # each has a disk of its own
+        shutil.copytree(trained.pictures, out / rank / "pictures")
+    next((out / "1/pictures/a").iterdir()).unlink()
+    for folder, kind in (("vae", checkpoints.VAE), ("sit", checkpoints.SIT)):
+        checkpoints.save(out / "0" / folder, 1, {"format": kind, "step": 1}, keep=1)
+    apart = f"os.chdir(f'{out}/{{rank}}')"
+    table = {
+        "vae3": (3, f"{vae} {STEP} --init {trained.vae} --micro-batch-size 2 --out {out}/vae3", ""),
+        "sit3": (3, f"{sit} --batch-size 12 --steps 1 --out {out}/sit3", ""),
+        "sit4": (4, f"{sit} --batch-size 12 --steps 1 --micro-batch-size 1 --out {out}/sit4", ""),
+        "raises": (3, f"{sit} --batch-size 12 --steps 99 --out {out}/raises", RAISES),
+        "twice": (2, f"{sit} --steps 999 --out {out}/twice", TWICE),
+        "pictures": (2, f"train_vae --data pictures {PLAIN} --steps 2 --out new", apart),
+        "vae": (2, f"{vae} {PLAIN} --steps 2 --out vae", apart),
+        "sit": (2, f"{sit} --steps 2 --out sit", apart),
+        "killed": (3, f"sample {drawn[0]} --out {out}/killed", KILLED)}
+    codes, errors = run_jobs(*table.values())
+    return out, dict(zip(table, codes)), errors
+
+
+def test_one_three_and_four_processes_take_the_same_step(trained, jobs, tmp_path):
+    """Two: test_train.py. Another order of sums may turn a hinge or a LeakyReLU of the VAE's losses around; a
+    wrong scale would be off by a half."""
+    out, codes, errors = jobs
+    assert codes["vae3"] + codes["sit3"] + codes["sit4"] == [0] * 10, errors
+    run(train_vae, f"--data {trained.pictures} {STEP} --init {trained.vae} --out {tmp_path}/vae")
+    run(train_sit, f"--latents {trained.latents} {SIT} --batch-size 12 --steps 1 --out {tmp_path}/sit")
+    assert_same_vae_step(checkpoints.newest(tmp_path / "vae"), checkpoints.newest(out / "vae3"), 1e-2)
+    one, *more = (checkpoints.newest(path) for path in (tmp_path / "sit", out / "sit3", out / "sit4"))
+    for other in more:
+        assert_same_gradient(one["optimizer"], other["optimizer"], tolerance=2e-4)
+        assert one["images_seen"] == other["images_seen"] == 12
+
+
+def test_processes_that_fail_or_do_not_agree_end_the_job_by_their_line(jobs):
     """Rank 2 of 3 raises in the middle; two ranks see other checkpoints, or other images. No rank hangs that
     has something to say; the others are torchrun's to end."""
-    run(train_vae, f"--data {trained.pictures} {PLAIN} --steps 1 --out {tmp_path}/0/vae")
-    (tmp_path / "1").mkdir()
-    shutil.copytree(trained.pictures, tmp_path / "1" / "pictures")
-    shutil.copytree(trained.pictures, tmp_path / "0" / "pictures")
-    next((tmp_path / "1" / "pictures" / "a").iterdir()).unlink()
-    job = {"world": 2, "fault": f"os.chdir(f'{tmp_path}/{{rank}}')"}  # each has a disk of its own
-    raises = "if rank == 2: train_vae.train_step = lambda *args: 1 / 0"
-    command = f"train_vae {PLAIN} --batch-size 12 --steps 9 --data"
-    results, errors = run_jobs(
-        {"world": 3, "fault": raises, "commands": [f"{command} {trained.pictures} --out {tmp_path}/three"]},
-        {**job, "commands": [f"{command} {trained.pictures} --out vae"]},
-        {**job, "commands": [f"{command} pictures --out new"]})
-    assert 2 in results[0]["first"] and results[0]["codes"][2] == 1 and "error: division by zero" in errors
-    for result, word in zip(results[1:], ("checkpoint", "images_hash")):
-        assert result["codes"] == [2, 2], errors
-        assert f"processes see different {word}: process 0 " in errors
+    _, codes, errors = jobs
+    assert codes["raises"][2] == 1 and 0 not in codes["raises"] and "error: division by zero" in errors
+    assert codes["pictures"] == codes["vae"] == codes["sit"] == [2, 2], errors
+    for word, count in (("images_hash", 2), ("checkpoint", 4)):
+        assert errors.count(f"processes see different {word}: process 0 ") == count
 
 
-@pytest.mark.parametrize("fault, code, word", [
-    ("raise ValueError('rank 1 cannot')", 2, "error: rank 1 cannot"),
-    ("os.kill(os.getpid(), 9)", -9, "SIGKILL")])
-def test_torchrun_ends_with_the_line_of_the_rank_that_failed(fault, code, word, trained, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(f"""if True:
-        import os, sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import common, train_vae
-        step = train_vae.train_step
-        def train_step(*args):
-            if args[2] == 2 and os.environ["RANK"] == "1":
-                {fault}
-            return step(*args)
-        train_vae.train_step = train_step
-        common.cli(lambda: train_vae.main(sys.argv[1:]))""")
-    flags = f"--data {trained.pictures} {PLAIN} --steps 100000 --save-every 1 --out {tmp_path}/out"
-    begin = time.monotonic()
-    done = subprocess.run([*TORCHRUN, script, *flags.split()], capture_output=True, text=True, timeout=120)
-    end = [line for line in done.stderr.splitlines() if line.strip(" =")][-3:]
-    assert done.returncode and any(word in line for line in end), done.stderr[-3000:]
-    assert time.monotonic() - begin < 60 and checkpoints.newest(tmp_path / "out")["step"] == 2
+def test_a_signal_to_every_process_saves_the_run_at_one_step(jobs):
+    out, codes, errors = jobs
+    assert codes["twice"] == [143, 143], errors
+    step = checkpoints.newest(out / "twice")["step"]
+    assert 4 <= step <= 11 and log_of(out / "twice")[-1]["step"] == step
 
 
-def test_a_signal_to_every_process_of_torchrun_saves_the_run(pictures, tmp_path):
-    """As a cgroup's stop: torchrun passes the signal on, so that each process gets it twice."""
-    flags = f"--data {pictures} {PLAIN} --steps 100000 --save-every 100000 --out {tmp_path}"
-    process = subprocess.Popen([*TORCHRUN, ROOT / "train_vae.py", *flags.split()], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for(lambda: (Path(tmp_path) / "log.jsonl").exists() and len(log_of(tmp_path)) > 3, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
-    step = checkpoints.newest(tmp_path)["step"]
-    assert process.returncode and step > 3 and log_of(tmp_path)[-1]["step"] == step
+def test_samples_of_killed_processes_are_continued_to_the_same_bits(drawn, jobs, monkeypatch):  # noqa: F811
+    """Three, each killed while it writes its second part; then one."""
+    (flags, whole), out = drawn, jobs[0] / "killed"
+    parts, flags = out / "parts", f"{flags} --out {out}"
+    assert jobs[1]["killed"] == [-9] * 3, jobs[2]
+    assert {file.name for file in parts.iterdir()} == {"settings.json"} | {
+        f"part-{i:05d}.npz" if i < 3 else f".part-{i:05d}.npz.tmp" for i in range(6)}
+    for name, value in (("cfg", 2), ("seed", 1), ("batch-size", 5), ("steps", 4)):
+        with pytest.raises(ValueError, match=f"{name.replace('-', '_')} .*, not {value}.* remove"):
+            run(sample, f"{flags} --{name} {value}")
+    damaged = bytearray((parts / "part-00001.npz").read_bytes())
+    damaged[1000] ^= 1
+    (parts / "part-00001.npz").write_bytes(damaged)
+    calls, draw = [], sample.sample_images
+    monkeypatch.setattr(sample, "sample_images", lambda *given: calls.append(given[3]) or draw(*given))
+    run(sample, flags)
+    assert [batch[0] // 4 for batch in calls] == [1, 3, 4, 5] and same_samples(out, whole)

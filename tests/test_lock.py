@@ -91,7 +91,6 @@ def stage1(out):
     content = torch.load(out / "vae/ckpt_0000004.pt", weights_only=True)
     found = logged(out / "vae") | sizes(content, "model", "mapper", "discriminator")
     redraw(content["model"])
-    del content["digest"]  # the content is another one now
     torch.save(content, out / "vae.pt")
     return found
 
@@ -116,7 +115,6 @@ def stage3(out):
     behind = [(content["ema"][key] - value).abs().flatten() for key, value in content["model"].items()]
     found["|ema - model| / lr"] = torch.cat(behind).mean(dtype=torch.float64).item() / 1e-3  # shows the decay
     redraw(content["ema"])
-    del content["digest"]
     torch.save(content, out / "sit.pt")
     return found
 

@@ -22,8 +22,10 @@ def test_dinov2_tokens_are_those_of_repa(case, tmp_path):
     """The fixture's weights go through a file with the 37 x 37 table: timm resamples it as REPA does."""
     spec, config = MANIFEST["cases"][case], MANIFEST["cases"][case]["config"]
     name = f"{config['arch']}_patch{config['patch_size']}_dinov2.lvd142m"
-    published = timm.create_model(name, img_size=config["checkpoint_grid"] * config["patch_size"])
-    fill_by_name(published, MANIFEST, spec["tensors"], ARCHIVE, ignore=("mask_token",))
+    with torch.device("meta"):  # no time spent on initial weights
+        published = timm.create_model(name, img_size=config["checkpoint_grid"] * config["patch_size"])
+    published = fill_by_name(published.to_empty(device="cpu"), MANIFEST, spec["tensors"], ARCHIVE,
+                             ignore=("mask_token",))
     teacher = Teacher(name, config["used_grid"], str(save(tmp_path / "weights.pth", published.state_dict())))
     images, seen = tensor(ARCHIVE, f"{case}/images_u8").permute(0, 3, 1, 2), []
     teacher.model.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -40,26 +42,19 @@ def test_dinov2_tokens_are_those_of_repa(case, tmp_path):
         atol = FLOAT32 * max(1, float(wanted.abs().max()) / 4)  # a norm adds up the errors of its entries
         assert torch.allclose(value, wanted, atol=atol), output
     # In float64 the fixture took REPA's own float32 input, x / 255, and the float32 positions: ours, cast.
-    x = (images.float() / 255 - teacher.mean) / teacher.std
+    x = (images[:1].float() / 255 - teacher.mean) / teacher.std
     x = F.interpolate(x, size=(teacher.size, teacher.size), mode="bicubic", align_corners=False)
     exact = teacher.model.double().forward_features(x.double())[:, teacher.model.num_prefix_tokens:]
-    wanted = tensor(ARCHIVE, f"{case}/patch_tokens_first8@f64")
-    # torch before 2.8 resizes the picture in fp32
-    atol = FLOAT64 if torch.__version__ >= "2.8" else 1e-6
+    wanted = tensor(ARCHIVE, f"{case}/patch_tokens_first8@f64")[:1]
+    atol = FLOAT64 if torch.__version__ >= "2.8" else 1e-6  # torch before 2.8 resizes the picture in fp32
     assert torch.allclose(exact[..., :8], wanted, atol=atol, rtol=FLOAT64)
 
 
-# Every family of docs/weights.md: timm's name -> (patch, prefix tokens)
-ZOO = {f"vit_{size}_patch14_{registers}dinov2.lvd142m": (14, 1 + 4 * bool(registers))
-       for size in ("small", "base", "large", "giant") for registers in ("", "reg4_")}
-ZOO |= {f"vit_{size}_patch16_dinov3.lvd1689m": (16, 5) for size in ("small", "base", "large", "huge_plus")}
-ZOO |= {"vit_base_patch16_siglip_256.webli": (16, 0), "vit_large_patch16_siglip_256.webli": (16, 0),
-        "vit_so400m_patch14_siglip_224.webli": (14, 0), "vit_base_patch16_clip_quickgelu_224.openai": (16, 1),
-        "vit_large_patch14_clip_quickgelu_224.openai": (14, 1), "vit_base_patch16_224.mae": (16, 1),
-        "vit_large_patch16_224.mae": (16, 1), "vit_huge_patch14_224.mae": (14, 1),
-        "vit_huge_patch14_gap_224.in1k_ijepa": (14, 0), "vit_giant_patch16_gap_224.in22k_ijepa": (16, 0)}
-FAMILIES = ("small_patch14_dinov2", "small_patch14_reg4", "small_patch16_dinov3", "base_patch16_siglip",
-            "base_patch16_clip_quickgelu", "base_patch16_224.mae", "huge_patch14_gap")
+# every family of docs/weights.md
+FAMILIES = ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m",
+            "vit_small_patch16_dinov3.lvd1689m", "vit_base_patch16_siglip_256.webli",
+            "vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_224.mae",
+            "vit_huge_patch14_gap_224.in1k_ijepa"]
 
 
 @pytest.fixture()
@@ -69,30 +64,18 @@ def one_block(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=1, **options))
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_every_teacher_has_the_grid_of_the_latent_from_64_to_512_pixels(name, one_block):
-    """On the meta device: shapes without the weights, through Teacher's own forward."""
-    patch, prefix = ZOO[name]
-    for pixels in (64, 128, 256, 512):
-        with torch.device("meta"):
-            teacher = Teacher(name, pixels // 16, "random")
-            tokens = teacher(torch.empty(2, 3, pixels, pixels))
-        assert tokens.shape == (2, (pixels // 16) ** 2, teacher.dim)
-        assert teacher.model.num_prefix_tokens == prefix and teacher.size == patch * pixels // 16
-    assert not isinstance(teacher.model.norm, nn.Identity)  # the tokens are those after a final norm
-
-
-@pytest.mark.parametrize("name", [name for name in ZOO if name.removeprefix("vit_").startswith(FAMILIES)])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_of_a_teacher_in_training_equal_timms_own_forward(name, one_block, tmp_path):
     """By hand, from a file of the published size: statistics, bicubic resize, positions, no prefix tokens."""
     torch.manual_seed(0)
-    published, grid = timm.create_model(name, pretrained=False, num_classes=0), 6
+    published, grid = timm.create_model(name, pretrained=False), 6  # with the classifier, if it has one
     for key, parameter in published.named_parameters():  # norms and layer scales about 1
         scale = parameter.ndim == 1 and key.endswith(("weight", "gamma"))
         nn.init.normal_(parameter, mean=float(scale), std=0.05)
-    path, size = str(save(tmp_path / "weights.pth", published.state_dict())), grid * ZOO[name][0]
+    path = str(save(tmp_path / "weights.pth", published.state_dict()))
+    size = grid * published.patch_embed.patch_size[0]
     teacher = Teacher(name, grid, path)
-    model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size,
+    model = timm.create_model(name, pretrained=True, img_size=size,
                               pretrained_cfg_overlay={"file": path}).eval()
     cfg, x = timm.get_pretrained_cfg(name), torch.rand(2, 3, 96, 96)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (cfg.mean, cfg.std))
@@ -116,14 +99,17 @@ def test_the_mapper_has_the_papers_heads_and_size(width, heads, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
 
-def draw(batch=8):
+def draw():
     torch.manual_seed(1)
-    return 3 + 2 * torch.randn(batch, 4, 8, 8), torch.rand(batch), torch.randn(batch, 4, 8, 8)
+    return 3 + 2 * torch.randn(8, 4, 8, 8), torch.rand(8), torch.randn(8, 4, 8, 8)
 
 
 def test_the_mapper_reads_the_noised_normalised_latent():
-    """By hand: batch norm, SiT's interpolant, patch embedding, positions, block, projector."""
+    """By hand: batch norm, SiT's interpolant, patch embedding, positions, block, projector.
+
+    The gradient, too: batch norm's takes out the scale, so that the encoder cannot beat the noise by it."""
     model, (z, t, eps) = small_mapper(out_dim=128).train(), draw()
+    z.requires_grad_()
     mean, var = z.mean((0, 2, 3), keepdim=True), z.var((0, 2, 3), keepdim=True, correction=0)
     z_t, _ = interpolate((z - mean) / torch.sqrt(var + 1e-4), eps, t)
     x = model.x_embedder.proj(z_t).flatten(2).transpose(1, 2) + sincos_pos_embed(128, 8, 8)
@@ -132,27 +118,20 @@ def test_the_mapper_reads_the_noised_normalised_latent():
     attention = (q @ k.transpose(-2, -1) / 64**0.5).softmax(-1) @ v
     x = x + block.attn.proj(attention.transpose(1, 2).flatten(2))
     x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-    assert torch.allclose(model(z, t, eps), model.projector(x), atol=1e-5)
+    ours, by_hand = model(z, t, eps), model.projector(x)
+    torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(out.square().sum(), z, retain_graph=True)[0] for out in (ours, by_hand)]
+    torch.testing.assert_close(*gradients, atol=1e-4 * float(gradients[0].abs().max()), rtol=0)
     linear = small_mapper(kind="linear", patch_size=2)  # 4 x 4 tokens, row by row
     torch.testing.assert_close(linear(z)[:, 7], linear.proj(z[..., 2:4, 6:8]).flatten(1))
     torch.testing.assert_close(sincos_positions(128, 8), sincos_pos_embed(128, 8, 8), atol=0, rtol=0)
 
 
-def test_noise_hides_the_latent_at_t_1_and_nothing_at_t_0_and_the_norm_takes_out_the_scale():
-    model, (z, _, eps), one, zero = small_mapper(), draw(), torch.ones(8), torch.zeros(8)
-    assert torch.equal(model(z, one, eps), model(z + 1, one, eps))
-    assert torch.equal(model(z, zero, eps), model(z, zero, -eps))
-    assert not torch.allclose(model(z, zero, eps), model(z + eps, zero, eps))
+def test_clean_tokens_are_those_at_t_0_and_norm_and_noise_can_be_left_out():
+    model, (z, t, eps) = small_mapper(), draw()
     for clean in (small_mapper(noise=False)(z), model.clean(z)):
-        assert torch.equal(clean, model(z, zero, eps))
-    # With the norm the encoder cannot beat the noise by growing z; without, it is eq. 1 to the letter.
-    model, (z, t, eps) = model.train(), draw(16)
-    assert torch.allclose(model(z, t, eps), model(5 * z + 2, t, eps), atol=1e-3)
-    z.requires_grad_(True)
-    gradient, = torch.autograd.grad(model(z, t, eps).square().sum(), z)
-    growth = (z - z.mean((0, 2, 3), keepdim=True)).detach()
-    assert abs(float((gradient * growth).sum())) < 1e-2 * float(gradient.norm() * growth.norm())
-    plain = small_mapper(norm=False)
+        assert torch.equal(clean, model(z, torch.zeros(8), eps))
+    plain = small_mapper(norm=False)  # eq. 1 to the letter
     assert {key for key in model.state_dict() if not key.startswith("bn.")} == set(plain.state_dict())
     assert torch.equal(plain(z, t, eps), plain.clean(interpolate(z, eps, t)[0]))
 
@@ -171,21 +150,18 @@ def test_the_alignment_loss_by_hand_its_range_and_a_zero_token_in_half_precision
 
 
 def load_without(folder, *keys):
-    """Write a ViT-Ti without classifier and these tensors; return its tensors, and those that are read."""
-    state = timm_network("vit_tiny_patch16_224", "--net", "random").state_dict()
+    """Read a ViT-Ti that lacks these tensors."""
+    state = timm.create_model("vit_tiny_patch16_224").state_dict()
     path = save(folder / "a.pth", {key: value for key, value in state.items() if key not in keys})
-    return state, timm_network("vit_tiny_patch16_224", "--net", str(path)).state_dict()
-
-
-def test_a_file_may_lack_the_classifier(tmp_path):
-    torch.testing.assert_close(*load_without(tmp_path), atol=0, rtol=0)
+    return timm_network("vit_tiny_patch16_224", "--net", str(path))
 
 
 @pytest.mark.parametrize("call, exception, word", [
     (lambda folder: load_without(folder, "blocks.7.norm1.bias"), ValueError, "blocks.7"),
-    (lambda folder: Teacher(DINOV2_S, 4, __file__), ValueError, "not the weights"),
+    (lambda folder: load_without(folder, "head.weight"), ValueError, "head.weight"),
+    (lambda folder: Teacher(DINOV2_S, 4, __file__), ValueError, "not weights of"),
     (lambda folder: Teacher(DINOV2_S, 4, "none.pth"), FileNotFoundError, "--teacher-weights none"),
-    (lambda folder: Teacher(DINOV2_S, 4), FileNotFoundError, "hub.*shapes --image-size 32 --vae tiny"),
+    (lambda folder: Teacher(DINOV2_S, 4), FileNotFoundError, "huggingface.co/timm/.*shapes"),
     (lambda folder: Teacher("vit_enormous", 4), ValueError, "no such model"),
     (lambda folder: Teacher("resnet18", 4), ValueError, "no ViT"),
     (lambda folder: Teacher("shapes", 16), ValueError, "4 x 4"),

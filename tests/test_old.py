@@ -18,10 +18,9 @@ def wave(*shape):
     return torch.linspace(0, 50, count, dtype=torch.float64).sin().float().reshape(shape)
 
 
-@pytest.mark.parametrize("path", ["vae/ckpt_0000002.pt", "vae"])
 @torch.no_grad()
-def test_a_vae_loads_and_encodes_as_before(path):
-    vae = load_vae(OLD / path).eval()
+def test_a_vae_loads_and_encodes_as_before():
+    vae = load_vae(OLD / "vae").eval()
     posterior = vae.encode(wave(2, 3, 32, 32))
     assert posterior.mean.shape == (2, 4, 4, 4)
     sums = [x.abs().sum().item() for x in (posterior.mean, posterior.logvar, vae.decode(posterior.mean))]

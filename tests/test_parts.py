@@ -1,18 +1,13 @@
-"""encode.py and sample.py, which work in parts: stopped, continued, damaged, shared out.
-
-Run: ./test.sh tests/test_parts.py        (about 30 s, CPU; latents without commands: tests/test_data.py)
-"""
+"""encode.py and sample.py, which work in parts: stopped, continued, damaged. Killed: test_faults.py."""
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from test_train import run
 
 import checkpoints
 import common
@@ -24,17 +19,10 @@ import small
 SAMPLE = "--steps 3 --cfg 1.5 --device cpu --dtype fp32 --batch-size 4 --npz"
 
 
-def run(script, flags):
-    script.main(flags.split())
-    common.LOCKS.clear()  # this process lives on, but the run has ended
-
-
 def content_of(folder):
     """The bytes of every file that stays, but for the lock."""
     return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.name != ".lock"}
 
-
-# encode.py
 
 @pytest.fixture()
 def encoded(trained, tmp_path):
@@ -44,52 +32,43 @@ def encoded(trained, tmp_path):
     return f"{flags} --out {tmp_path}/latents", tmp_path / "latents", content_of(trained.latents)
 
 
-def test_check_finds_changed_numbers_and_encodes_those_shards_again(encoded, capsys):
-    flags, folder, whole = encoded
-    np.load(folder / "moments-00001.npy", mmap_mode="r+")[3, 0, 0, 0] += 0.25
-    run(encode, flags)
-    assert content_of(folder)["moments-00001.npy"] != whole["moments-00001.npy"]
-    run(encode, f"{flags} --check")
-    assert content_of(folder) == whole and "moments-00001.npy" in capsys.readouterr().err
-    run(encode, f"{flags} --check")
-    assert content_of(folder) == whole and "moments" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [b"", b'{"vae_hash": "0', b"[1]"])
-def test_encode_repairs_what_a_fault_left_behind_and_ignores_files_of_others(encoded, content):
+def test_encode_repairs_what_a_fault_left_and_with_check_what_has_changed(encoded, capsys):
+    """It ignores files of others."""
     flags, folder, whole = encoded
     (folder / "moments.json").write_text('{"of": "another program"}')
     for name in ("moments-00002.json", "labels.npy", "meta.json"):
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(b'{"vae_hash": "0')
     with pytest.raises(ValueError, match="meta.json: .*encode.py again"):
         data.LatentFolder(folder)
+    np.load(folder / "moments-00001.npy", mmap_mode="r+")[3, 0, 0, 0] += 0.25
     run(encode, flags)
     (folder / "moments.json").unlink()
-    assert content_of(folder) == whole
+    assert {name for name in whole if content_of(folder)[name] != whole[name]} == {"moments-00001.npy"}
+    for said in (True, False):
+        run(encode, f"{flags} --check")
+        assert content_of(folder) == whole and ("moments-" in capsys.readouterr().err) == said
 
 
 def test_latents_of_pictures_replaced_in_place_or_of_another_precision_are_refused(encoded, tmp_path):
     flags, folder, whole = encoded
     pictures, there = flags.split()[1], json.loads(whole["meta.json"])
-    for split in ("copy", "other"):
-        shutil.copytree(pictures, tmp_path / split)
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "other" / "a" / "0.png")
-    run(encode, flags.replace(pictures, f"{tmp_path}/copy"))  # a copy elsewhere is the same
+    copy = flags.replace(pictures, str(shutil.copytree(pictures, tmp_path / "copy")))
+    run(encode, copy)  # a copy elsewhere is the same
     assert json.loads((folder / "meta.json").read_text())["latents_hash"] == there["latents_hash"]
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "copy" / "a" / "0.png")
     with pytest.raises(ValueError, match=f"images_hash {there['images_hash'][:12]}.*, not [0-9a-f]+;"):
-        run(encode, flags.replace(pictures, f"{tmp_path}/other"))
+        run(encode, copy)
     with pytest.raises(ValueError, match="precision float32, not bfloat16"):
         run(encode, f"{flags} --dtype bf16")
 
 
 def test_the_vae_of_latents_outlives_more_training_and_its_absence_is_explained(trained, tmp_path):
-    shutil.copytree(trained.vae, tmp_path / "vae")
-    flags = f"--data {trained.pictures} --workers 0 --device cpu --out {tmp_path}/latents"
-    run(encode, f"{flags} --vae {tmp_path}/vae")
-    vae = tmp_path / "vae" / "ckpt_0000001.pt"
+    folder = shutil.copytree(trained.vae, tmp_path / "vae")
+    vae = folder / "ckpt_0000001.pt"
+    run(encode, f"--data {trained.pictures} --workers 0 --device cpu --vae {folder} --out {tmp_path}/latents")
     for step in (2, 3, 4):
-        checkpoints.save(tmp_path / "vae", step, {"format": checkpoints.VAE, "step": step}, keep=1)
-    assert vae.exists() and len([*vae.parent.glob("*.pt")]) == 2
+        checkpoints.save(folder, step, {"format": checkpoints.VAE, "step": step}, keep=1)
+    assert sorted(checkpoints.checkpoints_in(folder)) == [1, 4]
     latents = data.LatentFolder(tmp_path / "latents").facts
     sit = small.small_sit(input_size=4, in_channels=latents["channels"], num_classes=2)
     small.small_sit_checkpoint(tmp_path / "sit", sit, latents=latents)
@@ -98,19 +77,17 @@ def test_the_vae_of_latents_outlives_more_training_and_its_absence_is_explained(
         run(sample, f"--ckpt {tmp_path}/sit {SAMPLE} --num 1 --out {tmp_path}/samples")
 
 
-def test_corrupt_images_are_counted_over_shards_and_runs_whatever_the_workers(trained, tmp_path, capfd):
-    shutil.copytree(trained.pictures, tmp_path / "train")
-    (tmp_path / "train" / "a" / "2.png").write_bytes(b"no picture")
-    flags = f"--data {tmp_path}/train --vae {trained.vae} --device cpu --out {tmp_path}/latents"
-    flags += " --shard-size 16"
-    run(encode, f"{flags} --workers 2")
-    (tmp_path / "latents" / "moments-00002.json").unlink()
-    run(encode, f"{flags} --workers 0")
-    assert data.LatentFolder(tmp_path / "latents").facts["corrupt"] == 1
+def test_corrupt_images_are_counted_over_shards_and_runs_whatever_the_workers(encoded, tmp_path, capfd):
+    flags = encoded[0]
+    pictures = shutil.copytree(flags.split()[1], tmp_path / "train")
+    (pictures / "a" / "2.png").write_bytes(b"no picture")
+    flags = f"{flags} --data {pictures} --out {tmp_path}/corrupt --workers"
+    run(encode, f"{flags} 2")
+    (tmp_path / "corrupt" / "moments-00002.json").unlink()
+    run(encode, f"{flags} 0")
+    assert data.LatentFolder(tmp_path / "corrupt").facts["corrupt"] == 1
     assert capfd.readouterr().err.count("1 of 40 images are corrupt") == 2
 
-
-# sample.py
 
 @pytest.fixture(scope="module")
 def drawn(trained, tmp_path_factory):
@@ -123,51 +100,7 @@ def drawn(trained, tmp_path_factory):
 def same_samples(folder, whole):
     there = content_of(folder)
     assert there.keys() == whole.keys() == {"grid.png", "protocol.json", "samples.npz"}  # no parts, no .tmp
-    return there["samples.npz"] == whole["samples.npz"] and there["grid.png"] == whole["grid.png"]
-
-
-def test_samples_are_written_as_numpy_writes_them_and_can_be_mapped(drawn, tmp_path):
-    (tmp_path / "ours.npz").write_bytes(drawn[1]["samples.npz"])
-    ours = data.ArrayImages(tmp_path / "ours.npz")
-    assert isinstance(ours.images, np.memmap) and ours.images.shape == (21, 32, 32, 3)
-    assert ours.labels.tolist() == [i % 2 for i in range(21)]
-    data.save_npz(tmp_path / "numpy.npz", ours.images, ours.labels)
-    assert (tmp_path / "numpy.npz").read_bytes() == drawn[1]["samples.npz"]
-
-
-KILLED = """
-import numpy, os, signal
-write, parts = numpy.savez, []
-def die(file, *arrays):
-    parts.append(file)
-    if len(parts) == 2:
-        file.write(b"half a part")
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(file, *arrays)
-numpy.savez = die"""
-
-
-def test_processes_that_are_killed_are_continued_by_others_to_the_same_samples(drawn, tmp_path, monkeypatch):
-    """Three, each killed while it writes its second part; then one. And three without a fault. All bits."""
-    flags, whole = drawn
-    jobs = [{"world": 3, "commands": [f"sample {flags} --out {tmp_path}/killed"], "fault": KILLED},
-            {"world": 3, "commands": [f"sample {flags} --out {tmp_path}/three"]}]
-    done = subprocess.run([sys.executable, ROOT / "tests" / "ranks.py", json.dumps(jobs)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
-    assert same_samples(tmp_path / "three", whole), done.stderr[-2000:]
-    parts, flags = tmp_path / "killed" / "parts", f"{flags} --out {tmp_path}/killed"
-    assert {file.name for file in parts.iterdir()} == {"settings.json"} | {
-        f"part-{i:05d}.npz" if i < 3 else f".part-{i:05d}.npz.tmp" for i in range(6)}
-    for name, value in (("cfg", 2.0), ("seed", 1), ("batch_size", 5), ("steps", 4)):
-        with pytest.raises(ValueError, match=f"{name} .*, not {value}.* remove"):
-            run(sample, f"{flags} --{name.replace('_', '-')} {value:g}")
-    damaged = bytearray((parts / "part-00001.npz").read_bytes())
-    damaged[1000] ^= 1
-    (parts / "part-00001.npz").write_bytes(damaged)
-    calls, draw = [], sample.sample_images
-    monkeypatch.setattr(sample, "sample_images", lambda *given: calls.append(given[3]) or draw(*given))
-    run(sample, flags)
-    assert [batch[0] // 4 for batch in calls] == [1, 3, 4, 5] and same_samples(tmp_path / "killed", whole)
+    return all(there[name] == whole[name] for name in ("grid.png", "samples.npz"))
 
 
 def test_a_larger_number_goes_on_from_a_smaller_one(drawn, tmp_path, monkeypatch):
@@ -184,6 +117,10 @@ def test_a_larger_number_goes_on_from_a_smaller_one(drawn, tmp_path, monkeypatch
         run(sample, f"{flags} --num 13 --out {tmp_path}")
     run(sample, f"{flags} --out {tmp_path}")
     assert [i for batch in calls for i in batch] == [*range(21)] and same_samples(tmp_path, whole)
+    ours = data.ArrayImages(tmp_path / "samples.npz")  # as numpy writes it, so that it can be mapped
+    data.save_npz(tmp_path / "numpy.npz", ours.images, np.arange(21) % 2)
+    assert isinstance(ours.images, np.memmap) and ours.images.shape == (21, 32, 32, 3)
+    assert (tmp_path / "numpy.npz").read_bytes() == whole["samples.npz"]
 
 
 def test_classes_are_drawn_by_name_or_number_and_shown_in_columns(trained, tmp_path, capsys):
@@ -195,7 +132,6 @@ def test_classes_are_drawn_by_name_or_number_and_shown_in_columns(trained, tmp_p
     for flags, labels, text in (
             ("--classes n07 5 3", [7, 5, 29] * 8, "n07, n05, 3)"),
             ("", [*range(0, 30, 3)] * 8, "n00, n03, n06"), ("--num 31", [*range(30), 0], "not by class"),
-            ("--classes 4 --num 3", [4] * 3, "not by class"),
             ("--classes 2 n20 --num 9 --labels random", random, "not by class")):
         run(sample, f"--ckpt {tmp_path}/sit {SAMPLE} --steps 1 --cfg 1 {flags} --out {tmp_path}/samples")
         assert np.load(tmp_path / "samples" / "samples.npz")["arr_1"].tolist() == labels

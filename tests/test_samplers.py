@@ -1,19 +1,16 @@
-"""Guidance and samplers: closed-form Gaussians, and every model call of REPA's samplers (golden).
+"""Guidance and samplers: precision, devices, and every model call of REPA's samplers (golden).
 Run: ./test.sh tests/test_samplers.py        (about 10 s, CPU)
 """
-import math
-
 import pytest
 import torch
 from conftest import read_fixture, tensor
-from small import SIT_CONFIG, small_sit
+from small import SIT_CONFIG
 
 import sit
 
 MANIFEST, ARCHIVE = read_fixture("samplers")
 CASES = MANIFEST["cases"]
 RUNS = [name for name in CASES if CASES[name].get("kwargs", {}).get("path_type") == "linear"]  # not cosine
-SAMPLERS = ("euler", "heun", "sde")
 
 
 def run(sampler, velocity, noise, num_steps=10, generator=None):
@@ -31,10 +28,6 @@ def gaussian_velocity(z_t, t, mean, std):
     """Exact velocity E[eps - z | z_t] for data N(mean, std^2), written out independently of sit.py."""
     centred = (z_t - (1 - t) * mean) / ((1 - t)**2 * std**2 + t**2)
     return t * centred - mean - (1 - t) * std**2 * centred
-
-
-def field(z_t, t, t_step=None):
-    return gaussian_velocity(z_t, t, 1.3, 0.4)
 
 
 class PublishedToy:
@@ -75,37 +68,6 @@ def test_samples_and_all_model_calls_equal_the_published_sampler(name, monkeypat
     torch.testing.assert_close(x, tensor(ARCHIVE, f"{name}/x").double(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("heun", [False, True])
-def test_a_linear_field_gives_the_closed_form_product_of_the_steps(heun):
-    """dz/dt = z, from t = 1 to 0 in n steps of h = 1/n; the last Heun step is an Euler step."""
-    for n in (1, 2, 7):
-        h = 1 / n
-        expected = (1 - h + (h * h / 2 if heun else 0)) ** (n - 1) * (1 - h)
-        z = sit.sample_ode(lambda z, t, t_step: z, torch.ones(2, 1, 1, 1).double(), n, heun)
-        torch.testing.assert_close(z, torch.full_like(z, expected), atol=1e-14, rtol=0)
-
-
-@pytest.mark.parametrize("heun, order", [(False, 1), (True, 2)])
-def test_ode_samplers_converge_to_the_data_at_their_order(heun, order):
-    """The exact flow of a Gaussian takes noise eps to mean + std eps."""
-    noise = torch.linspace(-2, 2, 9).double().view(-1, 1, 1, 1)
-    exact = 1.3 + 0.4 * noise
-    errors = [float((sit.sample_ode(field, noise, n, heun) - exact).abs().max()) for n in (100, 200, 400)]
-    for coarse, fine in zip(errors, errors[1:]):
-        assert abs(math.log2(coarse / fine) - order) < 0.1
-    assert errors[-1] < (4e-3, 4e-5)[heun]
-
-
-def test_sde_samples_have_the_documented_mean_and_std():
-    """Of N(1.3, 0.4^2) in 250 steps. Each is affine in z; the recursion of mean and variance gives 1.3 and
-    0.39335: the last step, 0.04 without noise, makes the data too narrow. REPA's samples: 1.2998, 0.3937."""
-    n, s, generator = 40_000, 0.39335, torch.Generator().manual_seed(0)
-    noise = torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)
-    z = sit.sample_sde(field, noise, 250, generator)
-    assert abs(float(z.mean()) - 1.3) < 4 * s / n**0.5
-    assert abs(float(z.std()) - s) < 4 * s / (2 * n) ** 0.5
-
-
 Z, Y = torch.randn(3, 5, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 4, 9])
 HALF = (0.2, 0.75)
 
@@ -126,29 +88,12 @@ def test_guidance_scales_all_channels_from_end_to_end_of_its_interval(scale, int
     torch.testing.assert_close(v, null + scale * (cond - null) if acts else cond)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_does_not_depend_on_the_batch_it_is_in(sampler):
-    """With one generator per image; the order of the batch and its size change rounding at most."""
-    model, y = small_sit(), torch.tensor([0, 1, 2, 0, 1])
-    noise = 2 * torch.linspace(0, 9000, 1280).sin().view(5, 4, 8, 8)
-
-    def sample(indices):
-        generators = [torch.Generator().manual_seed(100 + i) for i in indices]
-        return run(sampler, guided(model, y[indices], 2.0, (0.2, 0.8)), noise[indices], 10, generators)
-
-    everything = sample([0, 1, 2, 3, 4])
-    assert everything.isfinite().all()
-    for indices in ([3], [4, 0, 3]):
-        torch.testing.assert_close(sample(indices), everything[indices], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
 def test_the_state_is_float32_unless_the_noise_is_float64(sampler):
     """A network under autocast returns bf16; the arithmetic of the steps stays in float32."""
     def sample(given, dtype):
         generator, noise = torch.Generator().manual_seed(0), torch.linspace(-2, 2, 48).view(1, 3, 4, 4)
         return run(sampler, lambda z, t, t_step: (z / 3).bfloat16().to(dtype), noise.to(given), 10, generator)
-
     assert torch.equal(sample(torch.float32, torch.bfloat16), sample(torch.float32, torch.float32))
     assert sample(torch.bfloat16, torch.bfloat16).dtype == torch.float32
     assert sample(torch.float64, torch.float32).dtype == torch.float64
@@ -168,8 +113,8 @@ def test_no_value_on_a_device_is_read():
 
 def test_wrong_inputs_are_refused():
     for call, word in ((lambda: sit.guided_velocity(PublishedToy(None), Z, 0.5, Y, 1.5), "null label"),
-                       (lambda: sit.sample_ode(field, Z, 0), "num_steps is 0"),
-                       (lambda: sit.sample_sde(field, Z, 0), "num_steps is 0"),
+                       (lambda: sit.sample_ode(None, Z, 0), "num_steps is 0"),
+                       (lambda: sit.sample_sde(None, Z, 0), "num_steps is 0"),
                        (lambda: sit.draw_noise(Z, [torch.Generator()]), "argument")):
         with pytest.raises(ValueError, match=word):
             call()

@@ -80,6 +80,12 @@ def test_the_forward_pass_equals_the_published_network(name):
     compare(name, {"v": v, **{f"zs{i}": z for i, z in enumerate(zs)}})
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model.float().t_embedder(t), outputs["t_emb"], atol=0, rtol=0)
+    for train in TRAIN:  # label dropout in front of the network is the published training mode
+        if CASES[train]["tensors"] == CASES[name]["tensors"]:
+            rate = CASES[name]["config"]["class_dropout_prob"]
+            dropped = sit.drop_labels(y, *stored(train, "rand"), rate, model.null_label)
+            assert (dropped != y).any()
+            compare(train, {"v": model(x, t, dropped)}, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in FORWARD if "cfg_v" in CASES[name]["outputs"]])
@@ -95,16 +101,6 @@ def test_guidance_equals_the_published_one_on_the_three_channels_that_it_guides(
     plain = model(x, torch.full((n,), t), y[:n])
     torch.testing.assert_close(plain[:, 3:], expected[:n, 3:], atol=2e-5, rtol=0)
     assert (guided[:, 3:] - expected[:n, 3:]).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name", TRAIN)
-def test_label_dropout_in_front_of_the_network_equals_the_published_training_mode(name):
-    base = next(key for key in FORWARD if CASES[key]["tensors"] == CASES[name]["tensors"])
-    model, x, t, y = published(base, "x", "t", "y")
-    rate = CASES[base]["config"]["class_dropout_prob"]
-    dropped = sit.drop_labels(y, *stored(name, "rand"), rate, model.null_label)
-    assert (dropped != y).any()
-    compare(name, {"v": model(x, t, dropped)}, atol=2e-5)
 
 
 def repae_forward(name, model, training=False, dtype=torch.float32):
@@ -191,6 +187,8 @@ def test_times_interpolant_and_losses_equal_repa(name):
     teachers = [key.removeprefix("zs") for key in case["inputs"] if re.fullmatch(r"zs\d+", key)]
     losses = [alignment_loss(get[f"zs_tilde{k}"], get[f"zs{k}"]) - 1 for k in teachers]
     torch.testing.assert_close(sum(losses) / len(losses), get["proj_loss"], rtol=1e-6, atol=1e-6)
+    loss = sit.flow_loss(torch.full((1, 4, 64, 64), 300.0).half(), torch.zeros(1, 4, 64, 64))
+    assert loss.dtype == torch.float32 and loss == 90000  # 300^2 overflows fp16
 
 
 def test_initial_weights_have_the_published_distributions_and_give_exactly_zero():
@@ -211,39 +209,22 @@ def test_initial_weights_have_the_published_distributions_and_give_exactly_zero(
     assert torch.equal(model.features(z, t, y, block=1), model.x_embedder(z) + model.pos_embed)
 
 
-def test_a_patch_of_the_input_reaches_the_same_patch_of_the_output():
-    """Token order in = token order out, also for a non-square latent: without attention a patch is local."""
-    torch.manual_seed(0)
-    model = SiT(replace(SIT_CONFIG, patch_size=2))
-    nn.init.normal_(model.final_layer.linear.weight)
-    z, t, y = draw_inputs(batch=1, h=4, w=10)
-    changed = z.clone()
-    changed[:, :, 2:4, 6:8] += 1
-    assert torch.equal(model(changed, t, y) != model(z, t, y), changed != z)
-
-
-@pytest.mark.parametrize("h, w", [(3, 10), (10, 3), (10, 10)])
-def test_other_latent_sizes_run_with_the_same_absolute_positions(h, w):
-    """As a network of that nominal size; a non-square grid has a part of the square one's positions."""
-    model, larger, inputs = small_sit(), small_sit(input_size=10), draw_inputs(h=h, w=w)
+@pytest.mark.parametrize("h, w", [(4, 10), (10, 4), (10, 10)])
+def test_other_latent_sizes_keep_absolute_positions_and_places(h, w):
+    """As a network of that nominal size; a non-square grid has a part of the square one's positions. Without
+    attention a patch of the input reaches the same patch of the output."""
+    model, larger, (z, t, y) = small_sit(), small_sit(input_size=10), draw_inputs(h=h, w=w)
     larger.load_state_dict({**model.state_dict(), "pos_embed": larger.pos_embed})
-    assert torch.equal(larger(*inputs), model(*inputs))
+    assert torch.equal(larger(z, t, y), model(z, t, y))
     part = larger.pos_embed.view(10, 10, -1)[:h, :w].reshape(1, h * w, -1)
     assert torch.equal(sit.sincos_pos_embed(model.config.hidden_size, h, w), part)
+    local, changed = SiT(replace(SIT_CONFIG, patch_size=2)), z.clone()  # zeros of the start: no attention
+    nn.init.normal_(local.final_layer.linear.weight)
+    changed[:, :, 2:4, 0:2] += 1
+    assert torch.equal(local(changed, t, y) != local(z, t, y), changed != z)
 
 
-def test_the_interpolant_goes_from_data_to_noise_with_velocity_v_and_the_flow_loss_is_a_float32_mean():
-    z, eps = torch.randn(2, 5, 3, 2, 2).double()
-    t = torch.tensor([0, 0.25, 0.5, 0.75, 1]).double()
-    z_t, v = sit.interpolate(z, eps, t)
-    assert torch.equal(z_t[0], z[0]) and torch.equal(z_t[4], eps[4]) and torch.equal(v, eps - z)
-    torch.testing.assert_close(sit.interpolate(z, eps, t + 0.1)[0], z_t + 0.1 * v)
-    v_pred = torch.tensor([300.0, 2.0]).half().view(2, 1, 1, 1).expand(2, 4, 64, 64)
-    loss = sit.flow_loss(v_pred, torch.zeros(2, 4, 64, 64))
-    assert loss.dtype == torch.float32 and loss.tolist() == [90000, 4]  # 300^2 overflows fp16
-
-
-def test_reversed_time_turns_time_and_velocity_around_and_checkpointing_changes_no_gradient():
+def test_reversed_time_turns_time_and_velocity_around():
     """willisma/SiT: t = 0 is noise, v = z - eps."""
     model, turned = small_sit(**PROJECTED), small_sit(**PROJECTED, reversed_time=True)
     z, t, y = draw_inputs()
@@ -251,12 +232,6 @@ def test_reversed_time_turns_time_and_velocity_around_and_checkpointing_changes_
     expected = model(z, 1 - t, y, return_projections=True)
     torch.testing.assert_close((-v, projections), expected, atol=0, rtol=0)
     assert torch.equal(turned.features(z, t, y, 3), model.features(z, 1 - t, y, 3))
-    gradients, model = [], model.requires_grad_(True)
-    for model.grad_checkpointing in (False, True):
-        v, (projection,) = model(*draw_inputs(), return_projections=True)
-        loss = v.square().mean() + projection.square().mean()
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("word, call", [

@@ -1,7 +1,4 @@
-"""Ten of the kills of soak.py, which kills as often as it is asked to.
-
-Run: ./test.sh tests/test_soak.py     (about 30 s)
-"""
+"""Ten of the kills of soak.py, which kills as often as it is asked to (20 s)."""
 import subprocess
 import sys
 

@@ -1,23 +1,21 @@
 """The stages: resume, micro-batches, two processes, NaN batches, steps by hand, the effect of every flag.
 
-Run: ./test.sh tests/test_train.py        (about 50 s on 2 cores)
-Networks are tiny, the teacher is the shipped one. Two processes run under torchrun with gloo on the CPU.
+Run: ./test.sh tests/test_train.py        (about 40 s on 2 cores)
+Networks are narrower than the tiny ones, the teacher is the shipped one. Processes are those of ranks.py.
 """
 import copy
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, make_trained
 from PIL import Image
 from torch.utils._pytree import tree_flatten
 
@@ -30,6 +28,7 @@ import small
 import train_sit
 import train_vae
 from sit import SIT_SIZES
+from vae import VAE_SIZES
 
 CPU = common.Proc(0, 1, torch.device("cpu"))
 RUN = "--device cpu --dtype fp32 --workers 0 --batch-size 8 --log-every 1 --lr 1e-3"
@@ -81,6 +80,29 @@ def assert_same_vae_step(a, b, tolerance=2e-5):
         assert running and all(torch.allclose(a[part][key], b[part][key], atol=1e-6) for key in running)
 
 
+# The tiny networks are narrower here, for the sake of time, and in the processes that are started.
+NARROW = """
+from dataclasses import replace
+from sit import SIT_SIZES
+from vae import VAE_SIZES
+VAE_SIZES["tiny"] = replace(VAE_SIZES["tiny"], ch=32)
+SIT_SIZES["tiny/1"] = {**SIT_SIZES["tiny/1"], "hidden_size": 48}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    before = VAE_SIZES["tiny"], SIT_SIZES["tiny/1"]
+    exec(NARROW, {})
+    yield
+    VAE_SIZES["tiny"], SIT_SIZES["tiny/1"] = before
+
+
+@pytest.fixture(scope="module")
+def trained(narrow, pictures, tmp_path_factory):
+    return make_trained(pictures, tmp_path_factory.mktemp("trained"))
+
+
 def batch_of(trained, rows):
     """A batch for either trainer: images, their latents and labels; row i is image i."""
     latents, images = data.LatentFolder(trained.latents), data.ImageFolder(trained.pictures, 32)
@@ -123,33 +145,21 @@ def test_a_vae_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path):
 
 
 def test_a_sit_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path, monkeypatch):
-    """With REPA. Held-out losses and pictures, in one of the two runs only, change nothing."""
+    """With REPA. Held-out losses and pictures, in one of the two runs only, change nothing. A torn
+    row of the log goes."""
     monkeypatch.setattr(train_sit, "PREVIEW_STEPS", 2)
     flags = f"--latents {trained.latents} {SIT} {REPA}"
     run(train_sit, f"{flags} --steps 3 --save-every 1 --keep 2 --out {tmp_path}/whole")
     flags += f" --val-latents {trained.latents} --val-every 1 --sample-every 2 --out {tmp_path}/parts"
     run(train_sit, f"{flags} --steps 1")
+    log = tmp_path / "parts" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 1, "to')
     run(train_sit, f"{flags} --steps 3")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert [row["step"] for row in log_of(tmp_path / "parts", "val_flow")] == [1, 2, 3]
     files = {name: sorted(os.listdir(tmp_path / name)) for name in ("whole", "parts")}
     assert files["whole"] == [".lock", "ckpt_0000002.pt", "ckpt_0000003.pt", "log.jsonl"]
     assert files["parts"][-3:] == [f"samples_000000{step}.png" for step in (1, 2, 3)]
-
-
-def test_the_recorded_run_is_repeated_within_its_band(tmp_path, monkeypatch):
-    """tests/recorded_run.jsonl is the log of a run at commit 7e84d6d, with its command, on 512 images of the
-    embedded set: losses within 1 %, PSNR within 0.3 dB (the order of sums differs between processors)."""
-    monkeypatch.setattr(data, "SHAPES_NUM", {"train": 512, "val": 64})
-    recorded = [json.loads(line) for line in open(ROOT / "tests" / "recorded_run.jsonl")]
-    train_vae.main([*recorded[0]["command"].split()[1:], "--out", str(tmp_path)])
-    wanted, ours = [row for row in recorded if "loss" in row], log_of(tmp_path)
-    assert [row["step"] for row in ours] == [row["step"] for row in wanted] == [10, 20, 30]
-    for row, theirs in zip(ours, wanted):
-        for key in ("loss", "rec", "kl", "align"):
-            assert row[key] == pytest.approx(theirs[key], rel=0.01), (row["step"], key)
-    assert log_of(tmp_path, "psnr_db")[-1]["psnr_db"] == pytest.approx(recorded[-1]["psnr_db"], abs=0.3)
-    assert ours[-1]["align"] < 0.8 * ours[0]["align"] and ours[-1]["rec"] < 0.6 * ours[0]["rec"]
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -161,174 +171,94 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(trained, tmp_path, script,
     printed = capsys.readouterr().out
     assert "configuration: " in printed and "parameters" in printed and not (tmp_path / "out").exists()
     assert script in (encode, sample) or (
-        "batch: 8 global = 1 processes x 2 micro-batches x 4; lr 0.001 as typed; 5 steps/epoch, 400 steps = "
-        "80.0 epochs = 3,200 images" in printed)
+        "batch: 8 global = 1 processes x 2 micro-batches x 4; lr 0.001; 5 steps/epoch, 400 steps = "
+        "80.0 epochs" in printed)
 
 
-def test_sigterm_saves_and_the_same_command_continues(pictures, tmp_path):
-    flags = f"--data {pictures} {VAE} --gan 0 --align 0 --workers 1 --steps 100000 --save-every 100000"
-    process = subprocess.Popen([sys.executable, ROOT / "train_vae.py", *flags.split(), "--out", tmp_path],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 3:
-        time.sleep(0.1)
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: the loader's worker gets it too
-    printed, _ = process.communicate(timeout=60)
-    step = checkpoints.newest(tmp_path)["step"]
-    assert process.returncode == 143 and f"saved at step {step}; the same command" in printed.decode()
-    assert step >= 3 and log_of(tmp_path)[-1]["step"] == step
-
-
-# both processes of torchrun run this
-TWO_PROCESSES = """
-import json, os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch, common, encode, sample, train_sit, train_vae
-
-def main():
-    for name, flags in json.loads(sys.argv[2]).items():
-        globals()[name].main(flags.split())
-    # Means are taken over the processes; a signal to one of them stops both, at the same step.
-    proc = common.setup("cpu")
-    args = train_sit.parse_args(["--log-every", "4", "--batch-size", "2", "--out", sys.argv[3]])
-    progress = common.Progress(args, proc, 0, 100)
-    try:
-        for step, _ in progress.steps(iter(int, 1), 1):
-            progress.record([{"rank": proc.rank, "part": (1.0 * proc.rank, proc.rank)}], torch.tensor(False))
-            if step == 5 and proc.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-    except SystemExit as left:
-        assert (step, left.code) == (11, 143), step
-    layer = torch.nn.Linear(2, 2)
-    common.check_same(common.distribute(layer, proc))
-    layer.weight.data.add_(proc.rank)
-    try:
-        common.check_same(layer)
-    except ValueError as error:
-        common.print0("seen:", error)
-common.cli(main)
+# A fault in the trainer's step, as its process runs it first in ranks.py.
+FAULT = """
+import multiprocessing, signal
+import common
+step = train_vae.train_step
+def train_step(nets, batches, number, *rest):
+    if number == 3:
+        {fault}
+    return step(nets, batches, number, *rest)
+train_vae.train_step = train_step
 """
+# As torchrun does: the loader's workers get the signal, too.
+SIGNAL = """for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+            os.kill(process.pid, signal.SIGTERM)"""
 
 
-def test_two_processes_do_the_same_as_one(trained, tmp_path, monkeypatch):
-    """A step of both trainers, latents, samples; and what common.py does over processes."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    commands = {
-        "train_vae": f"--data {trained.pictures} {VAE} --init {trained.vae} --steps 1 --out {one}/vae",
+def all_stages(trained, out):
+    return {
+        "train_vae": f"--data {trained.pictures} {VAE} --init {trained.vae} --steps 1 --out {out}/vae",
         "encode": f"--data {trained.pictures} --vae {trained.vae} --workers 0 --device cpu --shard-size 16 "
-                  f"--out {one}/latents",
+                  f"--out {out}/latents",
         "train_sit": f"--latents {trained.latents} {SIT} --steps 1 --val-latents {trained.latents} "
-                     f"--out {one}/sit",
+                     f"--out {out}/sit",
         "sample": f"--ckpt {trained.sit} --num-images 5 --steps 3 --device cpu --dtype fp32 --npz "
-                  f"--out {one}/samples"}
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    theirs = json.dumps(commands).replace(str(one), str(two))
-    done = subprocess.run([*begin, tmp_path / "script.py", ROOT, theirs, tmp_path / "progress"], timeout=300,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "seen: processes see different parameters" in done.stdout
-    assert [(row["step"], row["rank"], row["part"]) for row in log_of(tmp_path / "progress", "rank")] == [
-        (4, 0.5, 1), (8, 0.5, 1), (10, 0.5, 1)]
+                  f"--out {out}/samples"}
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as there: another order of sums may turn a hinge or a LeakyReLU around
-    for name, flags in commands.items():
-        run(globals()[name], flags)
-    torch.set_num_threads(threads)
-    vae, sit = ([checkpoints.newest(out / stage) for out in (one, two)] for stage in ("vae", "sit"))
+
+@pytest.fixture(scope="module")
+def jobs(trained, tmp_path_factory):
+    """Run jobs of two processes and of one; return (folder, their exit codes, stdout, stderr)."""
+    out = tmp_path_factory.mktemp("jobs")
+    corrupt = small.pictures(out / "corrupt")
+    for file in corrupt.glob("*/*"):
+        file.write_bytes(b"")
+
+    def job(world, name, fault="pass", pictures=trained.pictures):
+        command = (f"train_vae {VAE} --gan 0 --align 0 --workers 2 --steps 5 --save-every 100 "
+                   f"--data {pictures} --out {out}/{name}")
+        return {"world": world, "commands": [command], "fault": NARROW + FAULT.format(fault=fault)}
+    stages = [" ".join(command) for command in all_stages(trained, out).items()]
+    jobs = [
+        {"world": 2, "commands": stages, "fault": NARROW},
+        job(2, "drifting", "next(nets.send.parameters()).data.add_(rank)"), job(1, "stopped", SIGNAL),
+        job(1, "raising", "raise common.RunStopped('no numbers')"), job(1, "corrupt", pictures=corrupt)]
+    script = f"import timm, runpy; runpy.run_path('{ROOT}/tests/ranks.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(jobs)], cwd=ROOT, timeout=300,
+                          capture_output=True, text=True)
+    codes = [json.loads(line)["codes"] for line in done.stdout.splitlines() if line.startswith('{"codes"')]
+    return out, codes, done.stdout, done.stderr
+
+
+def test_signals_and_errors_beside_or_in_loaders_workers_end_processes_by_one_line(jobs):
+    """Loader workers ignore SIGTERM, by which Python ends its children: it would wait for them for ever."""
+    out, codes, printed, errors = jobs
+    assert codes[1:] == [[2, 2], [143], [1], [2]] and "Traceback" not in errors, errors[-3000:]
+    assert "the newest checkpoint is of step 4; the same command" in printed
+    assert checkpoints.newest(out / "stopped")["step"] == log_of(out / "stopped")[-1]["step"] == 4
+    for line in ("processes see different parameters", "no numbers\n", ".*images are corrupt"):
+        assert re.search(f"error: {line}", errors), line
+
+
+def test_two_processes_do_the_same_as_one(trained, jobs, tmp_path):
+    """A step of both trainers, latents, samples."""
+    two, codes, _, errors = jobs
+    assert codes[0] == [0, 0], errors[-3000:]
+    for name, flags in all_stages(trained, tmp_path).items():
+        if name != "encode":  # trained.latents are those of one process
+            run(globals()[name], flags)
+    vae, sit = ([checkpoints.newest(out / stage) for out in (tmp_path, two)] for stage in ("vae", "sit"))
     assert_same_vae_step(*vae)
-    assert_same_gradient(sit[0]["optimizer"], sit[1]["optimizer"])
+    assert_same_gradient(*(saved["optimizer"] for saved in sit))
     assert vae[0]["model"].keys() == vae[1]["model"].keys() and sit[0]["ema"].keys() == sit[1]["ema"].keys()
     for stage, keys in (("vae", "loss rec kl align gan disc grad_norm"),
                         ("sit", "loss flow flow_t0 grad_norm val_flow")):
-        ours, theirs = (log_of(out / stage)[0] | log_of(out / stage, "step")[-1] for out in (one, two))
+        ours, theirs = (log_of(out / stage)[0] | log_of(out / stage, "step")[-1] for out in (tmp_path, two))
         for key in keys.split():
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
-    for path in (one / "latents").glob("*.npy"):
+    for path in Path(trained.latents).glob("*.npy"):
         assert np.allclose(np.load(path), np.load(two / "latents" / path.name), atol=1e-5), path.name
-    ours, theirs = (np.load(out / "samples" / "samples.npz")["arr_0"].astype(int) for out in (one, two))
+    ours, theirs = (np.load(out / "samples" / "samples.npz")["arr_0"].astype(int) for out in (tmp_path, two))
     assert ours.shape == theirs.shape == (5, 32, 32, 3) and np.abs(ours - theirs).max() <= 1
 
 
-# steps of the VAE
-
-def test_two_steps_are_gradient_clipping_and_adamw_by_hand(trained):
-    nets, args = vae_nets("--gan 0 --kl 1e-3 --align 0.5 --grad-clip 0.5")
-    vae, mapper = copy.deepcopy((nets.send.vae, nets.send.mapper))
-    params, batch = [*vae.parameters(), *mapper.parameters()], batch_of(trained, range(8))
-    x = data.to_float(batch["images"])
-    first, second = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-    for step in range(2):
-        eps = common.noise_for((2, vae.config.z_channels, 4, 4), range(8), "cpu", 0, "vae", step)
-        t = common.uniform_for(1, range(8), "cpu", 0, "t", step)[:, 0]
-        posterior = vae.encode(x)
-        mean, logvar = posterior.mean, posterior.logvar
-        z = mean + (0.5 * logvar).exp() * eps[:, 0]
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        cosine = F.cosine_similarity(mapper(z, t, eps[:, 1]), nets.teacher(x), dim=-1).mean()
-        loss = (x - vae.decode(z)).abs().mean() + 1e-3 * kl + 0.5 * (1 - cosine)
-        gradients = torch.autograd.grad(loss, params)
-        norm = sum(g.square().sum() for g in gradients).sqrt()
-        assert norm > 0.5
-        for i, (p, g) in enumerate(zip(params, gradients)):
-            g = g * 0.5 / norm
-            first[i] = 0.9 * first[i] + 0.1 * g
-            second[i] = 0.999 * second[i] + 0.001 * g**2
-            m, v = first[i] / (1 - 0.9**(step + 1)), second[i] / (1 - 0.999**(step + 1))
-            p.data -= 1e-3 * m / (v.sqrt() + 1e-8)
-        terms, skipped = train_vae.train_step(nets, [batch], step, args, 9)
-        assert not skipped and terms[-1]["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
-    for ours, theirs in zip(params, nets.send.parameters()):
-        assert (ours - theirs).abs().max() < 0.01 * 1e-3  # a hundredth of the learning rate
-    squares = sum(entry["exp_avg_sq"].sum().item() for entry in nets.opt.state.values())
-    assert squares == pytest.approx(sum(v.sum().item() for v in second), rel=1e-3)
-
-
-def test_each_loss_trains_its_own_networks_and_none_the_teacher(trained):
-    nets, args = vae_nets()
-    x = data.to_float(batch_of(trained, range(8))["images"])
-    loss, _, terms = train_vae.loss_terms(nets, x, range(8), 0, args)
-    vae, mapper = nets.send.vae, nets.send.mapper
-    for term, reached in (("align", (vae.encoder, mapper)), ("gan", (vae.encoder, vae.decoder))):
-        for module in (vae.encoder, vae.decoder, mapper):
-            gradients = torch.autograd.grad(terms[term], list(module.parameters()), retain_graph=True,
-                                            allow_unused=True)
-            assert any(g is not None and g.any() for g in gradients) == (module in reached), term
-    loss.backward()
-    assert all(p.grad is None and p.requires_grad for p in nets.disc.parameters())
-    for optimizer, module in ((nets.opt, nets.send), (nets.opt_disc, nets.disc)):
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        assert stepped == {id(p) for p in module.parameters()}
-    kept = {value.data_ptr() for part in train_vae.pack(nets, 1, args).values() if isinstance(part, dict)
-            for value in part.values() if isinstance(value, torch.Tensor)}
-    assert len(kept) > 100 and not kept & {value.data_ptr() for value in nets.teacher.state_dict().values()}
-
-
-def test_what_is_logged_beside_the_loss_is_that_by_hand(trained, tmp_path):
-    """Accuracy of the discriminator; PSNR, clean alignment and spread of the latents in an evaluation."""
-    nets, args = vae_nets(f"--out {tmp_path}")
-    batch, x_hat = batch_of(trained, range(8)), torch.zeros(8, 3, 32, 32)
-    x = data.to_float(batch["images"])
-    real, fake = (torch.cat([nets.disc(group) for group in images.split(4)]) for images in (x, x_hat))
-    _, terms = train_vae.disc_terms(nets, x, x_hat)
-    right = torch.cat([real > 0, fake < 0]).float().mean()
-    assert terms["disc_accuracy"].item() == pytest.approx(right.item())
-    train_vae.train_step(nets, [batch], 0, args, 9)  # moves the mapper's statistics
-    dataset = data.open_dataset(trained.pictures, 32)
-    row = train_vae.evaluate(nets, dataset, "training", 1, args)
-    x = data.to_float(dataset.batch(range(40))["images"])
-    with torch.no_grad():
-        z = nets.send.vae.eval().encode(x).mean
-        x_hat, tokens = nets.send.vae.decode(z), nets.send.mapper.eval()(z, torch.zeros(40))
-    cosine = F.cosine_similarity(tokens, nets.teacher(x), dim=-1)
-    assert row["align_clean"] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
-    mse = (data.to_uint8(x).float() - data.to_uint8(x_hat).float()).square().mean((1, 2, 3))
-    assert row["psnr_db"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), rel=1e-4)
-    share = torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1)))
-    rank = torch.special.entr(share / share.sum()).sum().exp().item()
-    assert row["effective_rank"] == pytest.approx(rank, rel=1e-3)
-
+# one step
 
 def states_of(nets):
     """Copies of all that a step may change: networks, optimizer, average."""
@@ -462,72 +392,18 @@ def test_every_flag_of_the_sit_has_its_effect(trained, base, flags, compiled):
     assert compiled == ([nets.model] if flags == "--compile" else [])
 
 
-def test_the_loss_scale_of_fp16_is_saved_and_continued_with(trained):
-    (nets, args), (again, _) = sit_nets(trained, "--dtype fp16"), sit_nets(trained, "--dtype fp16")
-    numbers_of(train_sit, nets, args, trained)
-    nets.scaler.update(1024.0)
-    latents = data.LatentFolder(trained.latents)
-    train_sit.unpack(again, latents, {**train_sit.pack(nets, latents, 2, args), "path": "ckpt.pt"}, args)
-    assert again.scaler.get_scale() == 1024
-
-
-def test_scales_and_batch_norm_groups_of_a_vae_run_are_those_it_was_stopped_with():
-    (nets, args), (again, other) = vae_nets("--dtype fp16"), vae_nets("--dtype fp16 --bn-group 2")
-    for scaler, scale in ((nets.scaler, 64.0), (nets.scaler_disc, 512.0)):
+def test_the_loss_scales_of_fp16_are_saved_and_continued_with(trained):
+    (vae, args), (vae_again, _) = vae_nets("--dtype fp16"), vae_nets("--dtype fp16")
+    (sit, sit_args), (sit_again, _) = sit_nets(trained, "--dtype fp16"), sit_nets(trained, "--dtype fp16")
+    for scaler, scale in ((vae.scaler, 64.0), (vae.scaler_disc, 512.0), (sit.scaler, 1024.0)):
         scaler.scale(torch.ones(()))  # creates its state
         scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
-    saved = {**train_vae.pack(nets, 1, args), "path": "ckpt.pt"}
-    with pytest.raises(ValueError, match="--bn-group 4"):
-        common.check_resume(saved, other, train_vae.fixed_flags(other), {}, {})
-    train_vae.unpack(again, saved, args)
-    assert (again.scaler.get_scale(), again.scaler_disc.get_scale()) == (64, 512)
-
-
-# steps of the SiT, and what it is judged by
-
-def draws_of(latents, rows, *key):
-    """(normalised z, eps): both draws of a key, by the definitions."""
-    noise = common.noise_for((2, 28, 4, 4), rows, "cpu", *key)
-    mean, std = latents.batch(rows)["moments"].chunk(2, 1)
-    z = (mean + std * noise[:, 0] - latents.mean[:, None, None]) / latents.std[:, None, None]
-    return z, noise[:, 1]
-
-
-def test_the_loss_of_the_sit_is_that_by_hand(trained):
-    """Flow loss, its quarters by time, and REPA's, for rows in any order, on the images of the latents."""
-    nets, args = sit_nets(trained, f"{REPA} --seed 5 --label-dropout 0.5")
-    latents, rows = data.LatentFolder(trained.latents), [3, 0, 7, 5, 1, 6, 2, 4]
-    batch, (z, eps) = batch_of(trained, rows), draws_of(latents, rows, 5, "sit", 2)
-    encoded = checkpoints.load_vae(trained.vae).encode(data.to_float(batch["images"])).mean
-    assert torch.allclose(batch["moments"][:, :28], encoded, atol=1e-5)
-    t, drop = common.uniform_for(2, rows, "cpu", 5, "t", 2).T
-    y, t_ = torch.where(drop < 0.5, 2, batch["labels"]), t.view(-1, 1, 1, 1)
-    v, tokens = nets.model((1 - t_) * z + t_ * eps, t, y, return_projections=True)
-    flow = (v - (eps - z)).square().mean((1, 2, 3))
-    target = nets.teacher(data.to_float(batch["images"]))
-    repa = 1 - F.cosine_similarity(tokens[0], target, dim=-1).mean()
-    loss, terms = train_sit.flow_terms(nets, batch, 2, args)
-    assert 0 < (drop < 0.5).sum() < 8 and terms["repa"].item() == pytest.approx(repa.item(), rel=1e-5)
-    assert loss.item() == pytest.approx((flow.mean() + 0.5 * repa).item(), rel=1e-5)
-    for k in range(4):
-        (total, count), inside = terms[f"flow_t{k}"], (4 * t).long() == k
-        assert count == inside.sum() and total.item() == pytest.approx(flow[inside].sum().item(), rel=1e-5)
-
-
-def test_the_held_out_loss_is_that_of_the_average_for_fixed_draws(trained):
-    (nets, args), latents = sit_nets(trained), data.LatentFolder(trained.latents)
-    for value in nets.ema.state.values():
-        value *= 0.9
-    row, model = train_sit.validate(nets, latents, args), copy.deepcopy(nets.model).eval()
-    assert row == train_sit.validate(nets, latents, args)
-    model.load_state_dict(nets.ema.state)
-    z, eps = draws_of(latents, range(40), 0, "val")
-    for k, t in enumerate((1 / 8, 3 / 8, 5 / 8, 7 / 8)):
-        with torch.no_grad():
-            v = model((1 - t) * z + t * eps, torch.full((40,), t), torch.from_numpy(latents.labels))
-        wanted = (v - (eps - z)).square().mean().item()
-        assert row[f"val_flow_t{k}"] == pytest.approx(wanted, rel=1e-4)
-    assert row["val_flow"] == pytest.approx(np.mean([row[f"val_flow_t{k}"] for k in range(4)]))
+    train_vae.unpack(vae_again, {**train_vae.pack(vae, 1, args), "path": "ckpt.pt"}, args)
+    latents = data.LatentFolder(trained.latents)
+    saved = {**train_sit.pack(sit, latents, 1, sit_args), "path": "ckpt.pt"}
+    train_sit.unpack(sit_again, latents, saved, sit_args)
+    scalers = (vae_again.scaler, vae_again.scaler_disc, sit_again.scaler)
+    assert [scaler.get_scale() for scaler in scalers] == [64, 512, 1024]
 
 
 def test_the_preview_shows_samples_of_the_average(trained, tmp_path, monkeypatch):

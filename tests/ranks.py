@@ -3,6 +3,7 @@
 A job: (processes, command, Python that each process runs first: it sees `rank` and the stages). It ends when
 all its processes have, or 10 s after the first of them has failed: torchrun ends the others then.
 """
+import importlib
 import json
 import multiprocessing
 import os
@@ -39,7 +40,7 @@ def run_rank(rank, world, port, command, fault):
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     exec(fault, {"rank": rank, "os": os, **STAGES})
     name, *flags = command.split()
-    common.cli(lambda: STAGES[name].main(flags))
+    common.cli(lambda: importlib.import_module(name).main(flags))
 
 
 def run_job(world, *job):

@@ -203,7 +203,8 @@ def test_a_discriminator_loads_from_every_file_that_has_one(tmp_path, content):
 WIDTH = {"hidden_size": 48}  # not a published one
 SIT_LAYOUTS = {  # (changes of the configuration, content of the file from two state dicts)
     "ours": (WIDTH, lambda ema, raw: {"format": checkpoints.SIT, "ema": ema, "model": raw,
-                                      "model_config": asdict(small_sit(**WIDTH).config)}),
+                                      "model_config": asdict(small_sit(**WIDTH).config),
+                                      "latents": {"vae_hash": "a"}, "args": {"seed": 0}}),
     "REPA's last.pt": ({"z_dims": (8, 5), "qk_norm": True}, lambda ema, raw: ema),
     "REPA's older last.pt": ({}, lambda ema, raw: {  # counts the blocks behind the projector from 0 again
         key.replace("blocks.2.", "decoder_blocks.0.").replace("blocks.3.", "decoder_blocks.1."): value

@@ -254,7 +254,7 @@ def test_two_processes_measure_what_one_does(small_set, tmp_path, capfd):
     odd = tmp_path / "odd.npz"  # unequal shares
     data.save_npz(odd, *(np.load(samples)[name][:141] for name in ("arr_0", "arr_1")))
     command = f"gfid {pictures} {odd} {' '.join(JUDGE)} --image-size 32 --train {odd} --out {tmp_path}"
-    assert run_job({"world": 2, "commands": [f"fid {command}/two.json"]})["codes"] == [0, 0]
+    assert run_job(2, f"fid {command}/two.json", "") == [0, 0]
     assert capfd.readouterr().out.count("FD-judge-141 vs pictures-150") == 1
     one = fid.main([*f"{command}/one.json".split(), "--batch-size", "37"])["sets"][str(odd)]
     two = json.loads((tmp_path / "two.json").read_text())["sets"][str(odd)]

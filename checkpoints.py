@@ -101,7 +101,8 @@ def newest(folder, kind: str | None = None) -> dict | None:
         if kind and saved.get("format") != kind:
             raise ValueError(f"{files[step]}: is {saved.get('format')}, wanted {kind}; use another --out")
         return {**saved, "path": str(files[step])}
-    return None
+    if files:
+        common.print0(f"warning: none of the checkpoints in {folder} can be read")
 
 
 # finding and reading files
@@ -207,8 +208,8 @@ def read_file(path) -> dict:
     if Path(path).suffix == ".safetensors":
         return load_file(path)
     content = {**load_tensors(path, mmap=head.startswith(b"PK"))}  # TypeError unless it is a dict
-    ours = content.get("format") in (VAE, SIT) or Path(path).name.startswith("ckpt_")
-    if ours and zipfile.ZipFile(path).testzip():  # torch compares no checksums
+    ours = content.get("format") in (VAE, SIT) or Path(path).name.startswith("ckpt_") and head[:2] == b"PK"
+    if ours and "digest" not in content and zipfile.ZipFile(path).testzip():  # torch compares no checksums
         raise ValueError("a part of it has another checksum than it was written with")
     return content
 

@@ -138,8 +138,8 @@ def reducing(module: nn.Module, last: bool):
 
 
 def check_same(module: nn.Module) -> None:
-    """Raise ValueError if the processes' parameters have drifted apart (compared by their fp64 sum)."""
-    agree(parameters=str(sum(p.detach().double().sum() for p in module.parameters()).item()))
+    """Raise ValueError if the processes' parameters have drifted apart (compared by their sum)."""
+    agree(parameters=str(sum(p.detach().sum().cpu().double() for p in module.parameters()).item()))
 
 
 def print0(*values) -> None:
@@ -304,13 +304,13 @@ def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int, save
 def check_resume(saved: dict, args, fixed: list, then: dict, now: dict) -> None:
     """Say which flags differ from those of the run that is continued.
 
-    fixed: flags that make another run. then, now: facts, of which those do whose names end in _hash; older
+    fixed: flags that make another run. then, now: facts, of which their hashes and num_classes do; older
     checkpoints lack some. ValueError names what differs, with both sides.
     """
-    there, here = ({**flags, **{key: value for key, value in facts.items() if key.endswith("_hash")}}
+    there, here = ({**flags, **{key: facts[key] for key in facts if key.endswith(("_hash", "num_classes"))}}
                    for flags, facts in ((saved["args"], then), (vars(args), now)))
     changed = {key: value for key, value in here.items() if there.get(key, value) != value}
-    for key in ("images_hash", "vae_hash", "latents_hash", *fixed):
+    for key in ("num_classes", "images_hash", "vae_hash", "latents_hash", *fixed):
         if key in changed:
             raise ValueError(f"{saved['path']} was trained with {key} {there[key]}, not {changed[key]}; give "
                              f"the same {key.removesuffix('_hash')}, or another --out")
@@ -583,14 +583,15 @@ class Progress:
                 row = json.loads(line)
                 if line.endswith(b"\n") and row["step"] + ("config" in row) <= self.step:
                     kept.append(line)
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        with suppress(OSError):  # a full disk; training goes on
+            temporary.write_bytes(b"".join(kept))
+            os.replace(temporary, path)
 
     def look(self, function, *args) -> None:
-        """Log what an evaluation returns. Where it fails, on weights that are spoilt, training goes on."""
+        """Log what an evaluation returns. Training goes on where it fails. After a signal it is left out."""
         try:
-            self.log(function(*args) or {})
-        except (ValueError, RuntimeError, OSError) as error:
+            self.log({} if self.stopping else function(*args) or {})
+        except Exception as error:
             print0(f"warning: step {self.step}: {function.__name__} failed: {str(error)[:300]}")
 
     def on_signal(self, number, _frame) -> None:

@@ -1,7 +1,7 @@
 """Images and latents on disk, and the order in which a run sees them (a function of seed and step alone).
 
     dataset = open_dataset("data/imagenet/train", 256)         # or "shapes", the embedded set, or "x.zip"
-    loader = make_loader(dataset, 256, proc, micro, seed, images_seen, num_steps, workers)
+    loader = make_loader(dataset, 256, proc, micro, seed, images_seen, steps, workers)
     latents = LatentFolder("latents")                          # written by encode.py with LatentWriter
 
 * Images are uint8 RGB at file borders, (B, 3, H, W); inside the programs float32 in [-1, 1].
@@ -49,7 +49,7 @@ SUFFIXES = tuple(" ".join(FORMATS.values()).split())
 OTHER_SUFFIXES = tuple(".heic .heif .jxl .psd .svg .tga .exr .raw .dng .cr2 .cr3 .nef .arw .orf".split())
 SYSTEM_FOLDERS = {"@eadir", "__macosx", ".ipynb_checkpoints", "#recycle", "$recycle.bin", "lost+found"}
 # Words that make a folder's name that of a split, alone or beside others: val, seg_test, training_set
-SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?|dev|eval(uation)?", "test": "test(ing)?"}
+SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)?|dev|eval(uation)?"}
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> PIL's Image.Transpose
 MAX_PIXELS, MAX_BYTES = 2**28, 2**30  # of a picture, and of its file in an archive
 ONE_CLASS = ["unconditional"]
@@ -91,7 +91,7 @@ def readable() -> tuple[list[str], tuple]:
     """Return (formats, suffixes) of FORMATS that this Pillow reads; no EPS, which runs programs."""
     from PIL import Image
     Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
+    formats = [name for name in FORMATS if name in Image.OPEN and name in Image.SAVE]  # both: it is built in
     return formats, tuple(" ".join(map(FORMATS.get, formats)).split())
 
 
@@ -336,7 +336,7 @@ class ImageFiles:
         self.archive = next((path for path in paths if path.is_file()), None)
         if not self.archive and not self.root.is_dir():
             hint = "; without ImageNet: ./quickstart.sh or --data shapes" if str(root) == DEFAULT_DATA else ""
-            raise FileNotFoundError(f"{root}: no folder, .zip or plain .tar; want one of images{hint}")
+            raise FileNotFoundError(f"{root}: no such folder, .zip or .tar (no .gz); want images{hint}")
         found = (list_archive(self.archive, self.root.relative_to(self.archive).parts) if self.archive
                  else list_folder(self.root))
         rows, left, folders, self.table = [], {}, set(), None
@@ -414,7 +414,7 @@ def find_labels(files: ImageFiles, class_names: list[str] | None = None) -> tupl
     class_names: those of the training images, by which the classes are numbered. Raises ValueError for
     folders that are no classes, and for classes that are not among class_names.
     """
-    names, table = files.names.tolist(), files.read_table()
+    names, table = files.names.tolist(), None if class_names == ONE_CLASS else files.read_table()
     if table:
         keys = [str(table[name]) for name in names]
         classes = [str(label) for label in range(max(table.values()) + 1)]
@@ -437,15 +437,15 @@ def check_folders(files: ImageFiles, keys: list[str], classes: list[str]) -> Non
     root, folders = files.root, files.folders
     splits = {name: split_of(name) for name in folders if split_of(name)}
     train = [name for name, (split, _) in splits.items() if split == "train"]
-    alone, beside = len(splits) == len(folders), 0 < len(train) < len(splits)
-    if splits and len({rest for _, rest in splits.values()}) == 1 and (alone or beside):
+    found, rests = len(splits), {rest for _, rest in splits.values()}  # bullet_train, test_tube: 2
+    if found and len(rests) <= max(1, found - 1) and (found == len(folders) or 0 < len(train) < found):
         wanted = root / [*train, *splits][0]
         raise ValueError(f"{root}: its folders {' and '.join(splits)} are no classes; want --data {wanted}")
     if classes and "" in keys:
         first = files.names[keys.index("")]
         raise ValueError(f"{root}: images ({first}) beside {len(classes)} class folders; move one away")
     if classes and classes != folders:
-        raise ValueError(f"{root}: no images in class folder {min({*folders} - {*classes})}; remove it")
+        raise ValueError(f"{root}: no images in class folder {min({*folders} - {*classes})}; move it away")
     inner = {name.split("/")[1] for name in files.names.tolist() if name.count("/") > 1}
     if len(classes) == 1 and len(inner) > 1:
         raise ValueError(f"{root}: {classes[0]} would be the only class: put its images into one folder, or "
@@ -455,11 +455,10 @@ def check_folders(files: ImageFiles, keys: list[str], classes: list[str]) -> Non
 def split_of(name: str) -> tuple[str, str] | None:
     """Return (train, val or test; what else is in its name) of a folder like val, seg_test; else None."""
     for split, words in SPLITS.items():
-        rest, count = re.subn(rf"(^|[\W_])({words})([\W_]?(set|data|images|imgs))?(?=[\W_]|$)", "",
+        rest, count = re.subn(rf"(^|[\W_])({words})([\W_]?(set|data|images|imgs|\d+))?(?=[\W_]|$)", "",
                               name.lower(), count=1)
         if count:
             return split, rest.strip("_- ")
-    return None
 
 
 class ImageFolder:
@@ -477,7 +476,7 @@ class ImageFolder:
         files = ImageFiles(root)
         if not len(files.names):
             has = files.left_out or "nothing"
-            raise ValueError(f"{root}: no images in it, but {has}; want files {' '.join(SUFFIXES)}")
+            raise ValueError(f"{root}: no images in it (found: {has}); want files {' '.join(SUFFIXES)}")
         self.class_names, labels = find_labels(files, class_names)
         if files.left_out:
             note(f"{root}: left out are {files.left_out}")
@@ -545,7 +544,7 @@ class ImageFolder:
         try:
             return None if self.is_corrupt[i] else self.decode(i)
         except ValueError as error:
-            print(f"corrupt image: {error}; left out", file=sys.stderr, flush=True)
+            print(f"corrupt image: {error}; the next one replaces it", file=sys.stderr, flush=True)
             self.is_corrupt[i] = 1
 
 

@@ -142,7 +142,7 @@ class Extractor(nn.Module):
             self.net, self.label, self.resize = load_inception(weights, resize), "FID", resize
         elif name == "shapes":
             from shapes.networks import load_judge
-            self.net, self.label, self.resize = load_judge(), "FD-judge", "none"
+            self.net, self.label, self.resize = load_judge(*filter(None, [weights])), "FD-judge", "none"
         else:
             # FD-DINOv2 (arXiv:2306.04675) is defined at 224 px; timm would take 518.
             overlay = {"input_size": (3, 224, 224)} if "dinov2" in name else None

@@ -87,7 +87,7 @@ def vgg16_trunk(weights):
         except OSError as error:
             raise FileNotFoundError(
                 f"LPIPS: timm/vgg16.tv_in1k is neither cached nor to be had from the hub: give --lpips-"
-                f"weights FILE (https://download.pytorch.org/models/{VGG_FILE}) or --lpips 0"
+                f"weights FILE (https://download.pytorch.org/models/{VGG_FILE}) or --lpips 0, --no-lpips"
             ) from error
     with torch.device("meta"):  # the whole network has 138 M parameters, the trunk 15 M
         trunk = timm.create_model("vgg16").features[:30]

@@ -348,7 +348,6 @@ def build_disc(args, saved):
         return disc.train()
     if args.disc_init != "none":
         raise ValueError("--disc-init: --gan 0 trains without a discriminator; leave one of them out")
-    return None
 
 
 def norm_group(args) -> int:
@@ -491,10 +490,10 @@ def main(argv=None):
                 "teacher": nets.teacher, "lpips": nets.lpips}
     common.print_plan(args, proc, networks, len(train_set), micro, accum, num_steps)
     common.print0(f"data: {len(train_set):,} images, {train_set.num_classes} classes, {args.image_size} px")
-    if saved is not None:
+    if saved:
         unpack(nets, saved, args)
     if args.dry_run:
-        return None
+        return
     progress = common.Progress(args, proc, step, num_steps, ("loss", "rec", "align"), saved)
     del saved  # its tensors have been copied
 

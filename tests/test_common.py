@@ -287,3 +287,32 @@ def test_an_error_ends_a_command_by_one_line_and_its_code(error, code, line, cap
     assert left.value.code == code and printed[-1] == line
     assert (len(printed) > 1) == (line == "error: bug")  # a bug shows where it is
     assert json.loads((tmp_path / "error.json").read_text())["message"] == line
+
+
+def test_an_evaluation_that_fails_is_a_warning_and_after_a_signal_there_is_none(progress_of, capsys):
+    progress, done = progress_of(num_steps=3), []
+    with pytest.raises(SystemExit):
+        for step, _ in progress.steps(iter(int, 1), 1):
+            progress.record([{"a": 1.0}], NO)
+            progress.look(lambda: done.append(step) or {"psnr_db": 1 / (step - 1)})
+            progress.should_save()
+            progress.signalled = 15
+    assert done == [1] and "step 1: <lambda> failed: division by zero" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, more", [
+    ("--align 0 --gan 0", []), ("--gan 0 --mapper-norm off", ["mapper"]), ("", ["mapper", "bn_group"])])
+def test_what_a_vae_run_keeps_for_life(flags, more):
+    mapper = ["teacher", "mapper", "mapper_depth", "projector_dim", "mapper_noise", "mapper_norm"]
+    kept = train_vae.fixed_flags(train_vae.parse_args(flags.split()))
+    assert kept == ["seed", "image_size"] + mapper * ("mapper" in more) + ["bn_group"] * ("bn_group" in more)
+
+
+def test_images_that_are_evaluated_are_spread_evenly_over_the_set():
+    class Images(list):
+        def batch(self, indices):
+            raise ValueError(indices)
+    nets = SimpleNamespace(send=SimpleNamespace(eval=lambda: None, vae=None, mapper=None))
+    with pytest.raises(ValueError) as asked:
+        train_vae.evaluate(nets, Images(range(6301)), "validation", 1, None)
+    assert asked.value.args[0] == [*range(0, 6301, 100)]

@@ -364,3 +364,12 @@ def test_latents_of_another_vae_or_data_set_are_not_mixed(tmp_path, change):
         with pytest.raises(ValueError, match=f"{key} {FACTS[key]}.*{value}"):
             data.LatentWriter(tmp_path, {**FACTS, **change})
         (tmp_path / "meta.json").unlink(missing_ok=True)  # an unfinished set is recognised as well
+
+
+def test_more_than_one_corrupt_image_of_a_few_stops_without_loader_workers_too(tmp_path, capsys):
+    root = small.pictures(tmp_path / "set", n=10, classes=0)
+    for name in ("3.png", "7.png"):
+        (root / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="2 of 10 images are corrupt.* remove 3.png, 7.png"):
+        data.ImageFolder(root, 16).batch(range(10))
+    assert capsys.readouterr().err.count("the next one replaces it") == 2

@@ -34,7 +34,7 @@ ROWS = [
     ("zero", f"{STAGE3} --log-every 0", SystemExit, "1 or more"),
     ("negative steps", f"{STAGE3} --steps -3", SystemExit, "0 or more"),
     ("no such device", f"{ENCODE} --device mps", ValueError, "--device"),
-    ("no such folder", f"{STAGE1} --data nowhere", FileNotFoundError, "no folder, .zip"),
+    ("no such folder", f"{STAGE1} --data nowhere", FileNotFoundError, "no such folder, .zip"),
     ("no ImageNet", "train_vae --device cpu", FileNotFoundError, "quickstart.sh"),
     ("no images", f"{STAGE1} --data {{bad}}/empty", ValueError, "no images in it"),
     ("empty class folder", f"{STAGE1} --data {{bad}}/class", ValueError, "empty_one"),

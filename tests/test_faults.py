@@ -111,7 +111,10 @@ def test_what_makes_another_run_is_refused_and_other_changes_are_said(
         facts = latents.facts | {"latents_hash": latents.hash_latents(latents.labels)}
         (folder / "meta.json").write_text(json.dumps(facts))
     script.main(f"{base} 1".split())
-    for flags, refused in (("--seed 1", "seed 0, not 1"), (f"{source} {folder}", other)):
+    cases = [("--seed 1", "seed 0, not 1"), (f"{source} {folder}", other)]
+    if script is train_sit:
+        cases += [("--qk-norm", "qk_norm False, not"), ("--repa --teacher shapes", "repa False, not True")]
+    for flags, refused in cases:
         for dry in ("--dry-run", ""):  # which says so, too
             with pytest.raises(ValueError, match=refused):
                 script.main(f"{base} 3 {flags} {dry}".split())

@@ -110,6 +110,8 @@ def test_splits_are_no_classes(tmp_path):
             ("train valid", "train"), ("train validation", "train"), ("train", "train"), ("val test", "test"),
             ("seg_test seg_train x", "seg_train"), ("test_set training_set", "training_set"),
             ("dev train", "train"), ("train_images val_images", "train_images"), ("a", "a"),
+            ("test-dev train val", "train"), ("test train train_extra val", "train"),
+            ("train2017 val2017", "train2017"),
             ("train car bus", None), ("val car", None), ("bullet_train test_tube steam_train", None)):
         root = tmp_path / folders
         for name in folders.split():

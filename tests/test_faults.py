@@ -168,6 +168,9 @@ def jobs(trained, drawn, tmp_path_factory):  # noqa: F811
     vae, sit = f"train_vae --data {trained.pictures}", f"train_sit --latents {trained.latents} {SIT}"
     for rank in "01":  # each has a disk of its own
         shutil.copytree(trained.pictures, out / rank / "pictures")
+        shutil.copytree(trained.latents, out / rank / "latents")
+    facts = json.loads((out / "1/latents/meta.json").read_text())
+    (out / "1/latents/meta.json").write_text(json.dumps({**facts, "latents_hash": None}))  # of older latents
     next((out / "1/pictures/a").iterdir()).unlink()
     for folder, kind in (("vae", checkpoints.VAE), ("sit", checkpoints.SIT)):
         checkpoints.save(out / "0" / folder, 1, {"format": kind, "step": 1}, keep=1)
@@ -181,6 +184,7 @@ def jobs(trained, drawn, tmp_path_factory):  # noqa: F811
         "pictures": (2, f"train_vae --data pictures {PLAIN} --steps 2 --out new", apart),
         "vae": (2, f"{vae} {PLAIN} --steps 2 --out vae", apart),
         "sit": (2, f"{sit} --steps 2 --out sit", apart),
+        "latents": (2, f"train_sit --latents latents {SIT} --steps 2 --out {out}/new", apart),
         "killed": (3, f"sample {drawn[0]} --out {out}/killed", KILLED)}
     codes, errors = run_jobs(*table.values())
     return out, dict(zip(table, codes)), errors
@@ -205,8 +209,8 @@ def test_processes_that_fail_or_do_not_agree_end_the_job_by_their_line(jobs):
     has something to say; the others are torchrun's to end."""
     _, codes, errors = jobs
     assert codes["raises"][2] == 1 and 0 not in codes["raises"] and "error: division by zero" in errors
-    assert codes["pictures"] == codes["vae"] == codes["sit"] == [2, 2], errors
-    for word, count in (("images_hash", 2), ("checkpoint", 4)):
+    assert codes["pictures"] == codes["vae"] == codes["sit"] == codes["latents"] == [2, 2], errors
+    for word, count in (("images_hash", 2), ("checkpoint", 4), ("latents_hash", 2)):
         assert errors.count(f"processes see different {word}: process 0 ") == count
 
 

@@ -437,7 +437,8 @@ def check_folders(files: ImageFiles, keys: list[str], classes: list[str]) -> Non
     root, folders = files.root, files.folders
     splits = {name: split_of(name) for name in folders if split_of(name)}
     train = [name for name, (split, _) in splits.items() if split == "train"]
-    found, rests = len(splits), {rest for _, rest in splits.values()}  # bullet_train, test_tube: 2
+    found, rests = len(splits), {rest for _, rest in splits.values()}
+    # Splits share what else is in their names, mostly nothing; the classes bullet_train and test_tube do not.
     if found and len(rests) <= max(1, found - 1) and (found == len(folders) or 0 < len(train) < found):
         wanted = root / [*train, *splits][0]
         raise ValueError(f"{root}: its folders {' and '.join(splits)} are no classes; want --data {wanted}")
@@ -600,7 +601,7 @@ def default_size(name: str) -> int:
 
 
 def held_out(name: str) -> Path | None:
-    """Return what is called val, valid or validation beside training images called train, or None."""
+    """Return the validation images beside training ones: val of train, val_set of train_set; else None."""
     path = Path(name)
     split, rest = split_of(path.name) or ("", "")
     if split != "train":

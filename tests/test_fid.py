@@ -4,7 +4,6 @@
 """
 import copy
 import functools
-import hashlib
 import json
 import re
 

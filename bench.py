@@ -1,14 +1,15 @@
 """Throughput, model FLOP utilisation and peak memory of every stage, one JSON line each.
 
-    python bench.py                                    # all stages at the paper's sizes; wants a GPU
-    python bench.py --stage vae sit --batch-size 32    # some of them
+    python bench.py                              # all stages at the paper's sizes, eager and compiled; a GPU
+    python bench.py --stage vae sit --batch-size 32 --compile off
     python bench.py --vae tiny --model tiny/1 --image-size 32 --teacher shapes --batch-size 64    # for a CPU
 
-    vae       train_vae.train_step: teacher, mapper, LPIPS, GAN, both optimizers
-    encode    encode.encode_batch (encode.py's own --dtype is fp32)
-    sit       train_sit.train_step with --repa and the EMA
-    sample    sample.sample_images: 10 guided Euler steps, where sample.py takes 250, and the decoder
-    fid       Inception at 299 px whatever the image size, fp32
+    vae       train_vae.train_step: teacher, mapper, LPIPS, GAN, both optimizers; 32 images
+    encode    encode.encode_batch at encode.py's own precision, TF32, unless --dtype says another; 64 images
+    sit       train_sit.train_step with --repa and the EMA; 256 images in micro-batches of 128
+    sample    10 steps of sample.py's SDE with guidance 2.5 in [0, .75]; step_ms is one; 64 images
+    decode    sample.decode, which runs beside the next batch's steps; 64 images
+    fid       Inception at 299 px whatever the image size, fp32; 64 images
 
 Weights and inputs are random, which makes no step slower or faster. The images are on the device already:
 what it costs to read them is in a run's log.jsonl (data_wait_percent). FLOPs are those of one step, by
@@ -17,6 +18,7 @@ elsewhere, and in fp32, of what a 2048 x 2048 matrix product reaches here.
 """
 import json
 import time
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -29,10 +31,11 @@ import inception
 import sample
 import train_sit
 import train_vae
-from sit import SIT_SIZES
+from sit import SIT_SIZES, SiT, SiTConfig
 from vae import VAE, VAE_SIZES
 
-STAGES = ("vae", "encode", "sit", "sample", "fid")
+STAGES = {"vae": 32, "encode": 64, "sit": 256, "sample": 64, "decode": 64, "fid": 64}  # images a step
+SAMPLE_STEPS = 10
 # Dense bf16 (V100: fp16), from the data sheets.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "V100": 125}
 
@@ -40,23 +43,24 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, 
 def parse_args(argv=None):
     parser = common.new_parser(__doc__)
     add = parser.add_argument_group("bench").add_argument
-    add("--stage", nargs="+", default=list(STAGES), choices=STAGES, help="what to time")
+    add("--stage", nargs="+", default=list(STAGES), choices=list(STAGES), help="what to time")
     add("--vae", default="f16d32", choices=tuple(VAE_SIZES), help="autoencoder")
     add("--model", default="XL/1", choices=tuple(SIT_SIZES), help="SiT")
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--image-size", type=common.positive, default=256, help="pixels; below 64 LPIPS and GAN are off")
-    add("--batch-size", type=common.positive, default=32, help="images per step on this device")
-    add("--compile", action="store_true", help="torch.compile the networks of vae, sit and sample")
+    add("--batch-size", type=common.positive, help="images per step on this device; default: as above")
+    add("--micro-batch-size", type=common.positive, default=128, help="most images of sit in one forward")
+    add("--compile", nargs="+", choices=("off", "on"), help="one line for each; default: both on CUDA")
     add("--iters", type=common.positive, default=10, help="timed steps; fewer if they take over 10 s")
     common.add_run_flags(parser)
     return parser.parse_args(argv)
 
 
-def make_step(stage: str, args, proc):
+def make_step(stage: str, compiled: str, size: int, args, proc):
     """Build the networks and random inputs of a stage; return its step, a function without arguments."""
     device, dtype = proc.device, common.resolve_dtype(args.dtype, proc.device)
     torch.manual_seed(args.seed)
-    vae, size = VAE(VAE_SIZES[args.vae]).eval(), args.batch_size
+    vae = VAE(VAE_SIZES[args.vae]).eval()
     channels, side = vae.config.z_channels, args.image_size // vae.stride
     # What data.LatentFolder knows of latents, and a batch as the loaders make it.
     mean, std = [0.0] * channels, [1.0] * channels
@@ -65,8 +69,8 @@ def make_step(stage: str, args, proc):
     images = torch.randint(256, (size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
     batch = {"images": images, "moments": torch.rand(size, 2 * channels, side, side, device=device),
              "labels": torch.randint(1000, (size,), device=device), "rows": torch.arange(size)}
-    flags = f"--batch-size {size} --dtype {args.dtype} --teacher {args.teacher}"
-    flags += " --teacher-weights random" * (args.teacher != "shapes") + " --compile" * args.compile
+    flags = f"--batch-size {size} --dtype {args.dtype} --teacher {args.teacher} --compile {compiled}"
+    flags += " --teacher-weights random" * (args.teacher != "shapes")
 
     if stage == "vae":
         flags += f" --vae {args.vae} --init none --image-size {args.image_size}"
@@ -78,27 +82,35 @@ def make_step(stage: str, args, proc):
     if stage == "sit":
         run = train_sit.parse_args(f"{flags} --model {args.model} --repa".split())
         nets = train_sit.build(run, latents, proc)
-        return lambda: train_sit.train_step(nets, [batch], 0, run, 1)
+        parts = zip(*(value.split(args.micro_batch_size) for value in batch.values()))
+        batches = [dict(zip(batch, part)) for part in parts]
+        return lambda: train_sit.train_step(nets, batches, 0, run, 1)
 
     if stage == "encode":
-        vae.to(device, memory_format=torch.channels_last)  # as encode.py on CUDA
+        if args.dtype == "auto":
+            dtype = torch.float32  # of which CUDA's convolutions make TF32
+        common.place(vae, device)
+        common.compile_blocks(compiled, device, vae.encoder)
         return lambda: encode.encode_batch(vae, images, dtype)
 
-    if stage == "sample":
-        run = train_sit.parse_args(f"{flags} --model {args.model}".split())
-        model = train_sit.build(run, latents, proc).model.eval()
-        vae.to(device)
-        if args.compile:
-            common.compile_modules(vae.decoder)
-        run = sample.parse_args("--sampler euler --steps 10 --cfg 1.5".split())
-        return lambda: sample.sample_images(model, vae, facts, range(size), run, device, dtype)
+    if stage in ("sample", "decode"):
+        run = sample.parse_args(f"--steps {SAMPLE_STEPS} --cfg 2.5 --cfg-interval 0 .75 --compile {compiled}"
+                                .split())
+        model = SiT(SiTConfig(input_size=side, in_channels=channels, **SIT_SIZES[args.model])).eval()
+        sample.prepare(model, vae, run, device, dtype)
+        if stage == "decode":
+            return lambda: sample.decode(vae, facts, batch["moments"][:, :channels], dtype)
+        return lambda: sample.draw_latents(model, facts, range(size), run, device, dtype)
 
     net = inception.fuse(inception.FIDInception().eval().requires_grad_(False)).to(device)
     return lambda: net(images)
 
 
 def time_steps(step, iters: int, device) -> list:
-    """Return the seconds of `iters` calls of `step`, sorted; of fewer, if all take over 10 s. 2 warm up."""
+    """Return (seconds of the first call, sorted seconds of `iters` calls; fewer, if all take over 10 s).
+
+    Two calls warm up.
+    """
     times = []
     while len(times) < 2 + iters and sum(times[2:]) < 10:
         begin = time.perf_counter()
@@ -106,7 +118,7 @@ def time_steps(step, iters: int, device) -> list:
         if device.type != "cpu":
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - begin)
-    return sorted(times[2:])
+    return times[0], sorted(times[2:])
 
 
 def main(argv=None):
@@ -117,23 +129,26 @@ def main(argv=None):
     peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
     if peak is None or dtype == torch.float32:  # measured, by a matrix product
         a = torch.randn(2048, 2048, device=proc.device, dtype=dtype)
-        peak = 2 * len(a)**3 / time_steps(lambda: a @ a, 3, proc.device)[0] / 1e12
-    for stage in args.stage:
-        step = make_step(stage, args, proc)
+        peak = 2 * len(a)**3 / time_steps(lambda: a @ a, 3, proc.device)[1][0] / 1e12
+    for stage, compiled in product(args.stage, args.compile or (["off", "on"] if on_cuda else ["off"])):
+        size = args.batch_size or STAGES[stage]
+        step = make_step(stage, compiled, size, args, proc)
         # A CPU's fused attention is unknown to the counter; the products that it is made of are not.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter,
+              torch.compiler.set_stance("force_eager")):
             step()
         if on_cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        times = time_steps(step, args.iters, proc.device)
+        first, times = time_steps(step, args.iters, proc.device)
         del step  # with its networks, before the next are built
-        seconds = times[len(times) // 2]  # the median
-        tflops = counter.get_total_flops() / seconds / 1e12
-        row = {"stage": stage, "images_per_s": round(args.batch_size / seconds, 2),
-               "step_ms": round(1000 * seconds, 2), "tflop_per_s": float(f"{tflops:.4g}"),
-               "mfu_percent": round(100 * tflops / peak, 2), "peak_tflops": float(f"{peak:.4g}"),
-               "autocast": str(torch.float32 if stage == "fid" else dtype),
-               "device": name, "iters": len(times), **common.versions()}
+        seconds = times[len(times) // 2] / (SAMPLE_STEPS if stage == "sample" else 1)  # the median
+        tflops = counter.get_total_flops() / times[len(times) // 2] / 1e12
+        row = {"stage": stage, "compile": compiled, "batch_size": size, "first_step_s": round(first, 1),
+               "images_per_s": round(size / seconds, 2), "step_ms": round(1000 * seconds, 2),
+               "tflop_per_s": float(f"{tflops:.4g}"), "mfu_percent": round(100 * tflops / peak, 2),
+               "peak_tflops": float(f"{peak:.4g}"), "device": name, "iters": len(times),
+               "autocast": str(torch.float32 if stage in ("encode", "fid") else dtype), **common.versions()}
         if on_cuda:
             row["peak_memory_gib"] = round(common.peak_memory(proc.device) / 2**30, 2)
         common.print0(json.dumps({**vars(args), **row}))

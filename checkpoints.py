@@ -57,6 +57,15 @@ def save_file(path, state: dict) -> None:
             torch.save(state, file)
 
 
+def snapshot(state):
+    """Return a state, nested dicts and lists, with copies in host memory of all its tensors."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    return [snapshot(value) for value in state] if isinstance(state, list) else state
+
+
 def save(folder, step: int, state: dict, keep: int) -> None:
     """Write the checkpoint of `step`, then delete all but the newest `keep` up to this step.
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -31,7 +32,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+          "tf32": torch.float32}
+# The classes that are compiled. GroupNorm is one that no block has around it; Block is timm's, of a ViT.
+BLOCKS = {"SiTBlock", "ResnetBlock", "AttnBlock", "GroupNorm", "LPIPS", "Block"}
 
 
 # processes
@@ -91,6 +95,45 @@ def share_out(items: list, proc: Proc) -> list:
     return box[0][proc.rank::proc.world]
 
 
+class Behind:
+    """Run functions in a thread beside the caller, one after the other.
+
+        with common.Behind() as behind:    # leaving it waits for the last one, also after an error
+            behind(write, path, state)     # returns at once, unless the one before is not done
+    """
+    thread = error = None
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, function, *args) -> None:
+        self.wait()
+        self.thread = threading.Thread(target=self.run, args=(function, *args))
+        self.thread.start()
+
+    def run(self, function, *args) -> None:
+        try:
+            function(*args)
+        except BaseException as error:
+            self.error = error
+
+    def check(self) -> None:
+        """Raise what a function has raised."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self) -> None:
+        """Return once the last function is done; raise what it has raised."""
+        if self.thread is not None:
+            self.thread.join()
+        self.check()
+
+    def __exit__(self, kind, *_):
+        with suppress(Exception) if kind else nullcontext():  # an error on its way is the one that counts
+            self.wait()
+
+
 LOCKS = {}  # the lock files of this process; closing one would give its lock up
 
 
@@ -120,6 +163,13 @@ def claim(folder, proc: Proc) -> None:
     barrier()
 
 
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network of convolutions to `device`, channels last in memory: so they are fastest."""
+    # MPS has given wrong results with it.
+    layout = torch.preserve_format if device.type == "mps" else torch.channels_last
+    return module.to(device, memory_format=layout)
+
+
 def distribute(module: nn.Module, proc: Proc) -> nn.Module:
     """Return DDP of `module`, or with one process the module itself. Buffers (BatchNorm's) stay as the
     processes compute them."""
@@ -127,7 +177,7 @@ def distribute(module: nn.Module, proc: Proc) -> nn.Module:
         return module
     # DDP warns about 1 x 1 convolutions, whose two memory layouts are identical. Harmless.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    ddp = DDP(module)
+    ddp = DDP(module, gradient_as_bucket_view=True)  # no copy of the gradients
     ddp.broadcast_buffers = False  # the constructor's argument has another name since torch 2.14
     return ddp
 
@@ -211,7 +261,8 @@ def add_run_flags(parser, out: str | None = None) -> None:
     """Add the flags that every script has: device, precision, seed, and where to write."""
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
-    add("--dtype", default="auto", choices=tuple(DTYPES), help="autocast: bf16, else fp16 on CUDA, or fp32")
+    add("--dtype", default="auto", choices=tuple(DTYPES), 
+        help="autocast: bf16, else fp16 on CUDA, or fp32; tf32: fp32 that CUDA may round to TF32 in products")
     add("--seed", type=int, default=0, help="seed of all randomness")
     if out is not None:
         add("--out", default=out, help="output folder")
@@ -225,7 +276,7 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
     add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
     add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
-    add("--compile", action="store_true", help="torch.compile the autoencoder or the SiT, and the teacher")
+    add_compile_flag(parser)
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging and saving").add_argument
     add("--log-every", type=positive, default=log_every, help="steps")
@@ -235,6 +286,12 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
     add("--tensorboard", action="store_true", help="also log there (needs the package tensorboard)")
     add("--wandb", default=None, metavar="PROJECT", help="also log there (needs the package wandb)")
     add("--dry-run", action="store_true", help="print configuration, sizes and batches, then leave")
+
+
+def add_compile_flag(parser) -> None:
+    """Add --compile to a command whose networks may be compiled."""
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"),
+                        help="torch.compile the blocks of the networks; auto: on CUDA")
 
 
 def natural(text: str, least: int = 0) -> int:
@@ -341,6 +398,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def forbid_tf32() -> None:
+    """Compute products of fp32 in full: `setup` and torch's convolutions take TF32 where CUDA has it."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     """Return the autocast context for `dtype`; none for fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -371,18 +434,26 @@ def uniform_for(count: int, rows, device, *key) -> Tensor:
 
 # the optimisation step
 
-def compile_modules(*modules) -> None:
-    """torch.compile each module in place (names stay); without a compiler stay eager and say so."""
-    modules = [module for module in modules if module is not None]
-    device = next(modules[0].parameters()).device
+def compile_blocks(wanted: str, device: torch.device, *networks) -> None:
+    """torch.compile the BLOCKS of the networks in place (names stay), as --compile wants it.
+
+    Block by block: equal ones share their code, so it takes seconds where whole networks take minutes. The
+    code is made in the first step. Without a compiler everything stays eager, and a line says so.
+    """
+    if wanted == "off" or wanted == "auto" and device.type != "cuda":
+        return
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no compiler, no triton, a platform without either
         return print0(f"torch.compile: off, runs eagerly: {' '.join(repr(error).split())[:200]}")
     torch._dynamo.config.suppress_errors = True
-    for module in modules:
-        module.compile()
-    print0("torch.compile: on; what cannot be compiled runs eagerly")
+    # By default 8 variants of the same code: a VAE has a dozen shapes, each once for every precision.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
+    blocks = [module for network in networks if network is not None for module in network.modules()
+              if type(module).__name__ in BLOCKS]
+    for block in blocks:
+        block.compile(dynamic=False)  # code for any shape would be slower
+    print0(f"torch.compile: {len(blocks)} blocks; the first step makes their code")
 
 
 def adamw(params, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0) -> torch.optim.AdamW:
@@ -448,10 +519,8 @@ class EMA:
         """Move towards the model after optimizer step `step` (1-based), unless that step was skipped."""
         names, state = {k for k, p in model.named_parameters() if p.requires_grad}, model.state_dict()
         weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (~skipped).float()
-        average, current = [self.state[k] for k in names], [state[k] for k in names]
-        difference = torch._foreach_sub(current, average)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(average, difference)
+        # A weight on the device for each: the host need not know whether the step was skipped.
+        torch._foreach_lerp_([self.state[k] for k in names], [state[k] for k in names], [weight] * len(names))
         for key in state.keys() - names:
             self.state[key].copy_(state[key])
 
@@ -530,10 +599,11 @@ def peak_memory(device: torch.device) -> int:
 class Progress:
     """Bar, log.jsonl, throughput and stop signal of a run. Numbers stay on the device until they are logged.
 
-        for step, batches in progress.steps(loader, accum):     # counts from 1; ends after SIGTERM, too
-            terms, skipped = train_step(...)
-            progress.record(terms, skipped)
-            if progress.should_save(): ...
+        with Behind() as behind:
+            for step, batches in progress.steps(loader, accum, behind):  # from 1; ends after SIGTERM, too
+                terms, skipped = train_step(...)
+                progress.record(terms, skipped)
+                if progress.should_save(): behind(...)
 
     The stopwatch runs from asking for the batches to the end of `record`: evaluation and saving, which come
     after, do not count.
@@ -590,7 +660,8 @@ class Progress:
     def look(self, function, *args) -> None:
         """Log what an evaluation returns. Training goes on where it fails. After a signal it is left out."""
         try:
-            self.log({} if self.stopping else function(*args) or {})
+            with torch.compiler.set_stance("force_eager"):  # other shapes: compiling them would take longer
+                self.log({} if self.stopping else function(*args) or {})
         except Exception as error:
             print0(f"warning: step {self.step}: {function.__name__} failed: {str(error)[:300]}")
 
@@ -604,18 +675,24 @@ class Progress:
         elif number == signal.SIGINT and time.monotonic() > self.signal_time + 2:
             raise KeyboardInterrupt
 
-    def steps(self, loader, accum: int):
-        """Yield (step, its micro-batches) until the last step; SystemExit after a signal, once saved."""
+    def steps(self, loader, accum: int, behind: Behind | None = None):
+        """Yield (step, its micro-batches) until the last step; SystemExit after a signal, once saved.
+
+        Raises what `behind`, which writes the checkpoints, has raised.
+        """
+        behind = behind or Behind()
         if self.step >= self.num_steps:
             print0(f"nothing left to do at step {self.step} of {self.num_steps}; more: --steps or --epochs")
         batches = iter(loader)
         while self.step < self.num_steps and not self.stopping:
+            behind.check()
             begin = time.perf_counter()
             micro_batches = [next(batches) for _ in range(accum)]
             self.waited += time.perf_counter() - begin
             self.step, self.began = self.step + 1, begin
             self.images_seen += self.args.batch_size
             yield self.step, micro_batches
+        behind.wait()
         if self.file:
             for close in (self.bar.close, self.file.close, *(close for _, close in self.sinks)):
                 close()
@@ -661,6 +738,8 @@ class Progress:
         due = self.must_save or self.due(self.args.log_every) or self.step in self.EARLY
         row = self.read_means() if due and self.sums else None  # this waits for the device
         self.seconds += time.perf_counter() - self.began
+        if self.bar and self.images_seen <= self.args.batch_size:
+            print0(f"first step: {self.seconds:.1f} s, with compiling, if that is on")
         if row is not None:
             self.log({**row, **self.read_throughput()})
             self.check_health(row)

@@ -138,7 +138,7 @@ def load_image(path, opened=None):
                 image = image if turn is None else image.transpose(turn)  # ADM never turns
                 if image.mode == "P" and "transparency" in image.info:
                     image = image.convert("RGBA")
-                return image.convert("RGB")
+                return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # on damaged files Pillow raises anything, IndexError and MemoryError too
         reason = text_of(getattr(error, "strerror", None) or error).split(" <")[0]
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {reason})") from error
@@ -654,14 +654,18 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Item k is batch k of one process: `indices` in order, each once over the processes."""
+    """Item k is batch k of one process: `indices` in order, each once over the processes.
 
-    def __init__(self, dataset, indices, batch_size: int, proc=None):
+    group: every so many of them a new batch begins.
+    """
+
+    def __init__(self, dataset, indices, batch_size: int, proc=None, group=None):
         rows = np.arange(len(indices))
         if proc is not None:
             rows = np.array_split(rows, proc.world)[proc.rank]
         self.dataset, self.indices = dataset, indices
-        self.parts = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+        groups = [rows[i:i + group] for i in range(0, len(rows), group)] if group else [rows]
+        self.parts = [part[i:i + batch_size] for part in groups for i in range(0, len(part), batch_size)]
 
     def __len__(self):
         return len(self.parts)
@@ -682,14 +686,14 @@ def make_loader(dataset, batch_size: int, proc, micro: int, seed: int, images_se
     return loader_of(batches, range(start * batches.accum, (start + steps) * batches.accum), workers)
 
 
-def eval_loader(dataset, batch_size: int, proc=None, workers: int = 4, indices=None) -> DataLoader:
-    """Return a loader over `indices` (default: all), in order, each once over the processes.
+def eval_loader(dataset, batch_size: int, proc=None, workers: int = 4, indices=None, group=None):
+    """Return a DataLoader of EvalBatches over `indices` (default: all).
 
     "rows" are positions in `indices`. Processes may have different numbers of batches: no collective calls
     inside.
     """
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-    batches = EvalBatches(dataset, indices, batch_size, proc)
+    batches = EvalBatches(dataset, indices, batch_size, proc, group)
     return loader_of(batches, range(len(batches)), workers)
 
 
@@ -876,7 +880,7 @@ class LatentWriter(Shards):
 
     def write(self, shard: int, moments: Tensor, labels: Tensor, corrupt=()) -> None:
         """Store a shard: moments (n, 2C, h, w), labels (n,) and the numbers of the corrupt images."""
-        array = moments.cpu().numpy().astype(self.facts["dtype"])
+        array = np.ascontiguousarray(moments.cpu().numpy(), self.facts["dtype"])
         if array.shape != self.shape_of(shard):
             raise ValueError(f"shard {shard}: moments {array.shape}, want {self.shape_of(shard)}")
         if not plausible(array).all():

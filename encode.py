@@ -7,6 +7,8 @@ Writes memory-mapped shards of [mean | std] per image (raw, REPA's layout), labe
 per-channel mean and std of z and the hash of the VAE. Run it again to continue: complete shards are kept,
 damaged ones are made again.
 """
+from itertools import chain
+
 import torch
 
 import checkpoints
@@ -29,26 +31,31 @@ def parse_args(argv=None):
     add("--workers", type=natural, default=8, help="processes that read images, per device")
     add("--check", action="store_true", help="also read the shards that are there; make damaged ones again")
     add("--dry-run", action="store_true", help="print configuration and size on disk, then leave")
+    common.add_compile_flag(parser)
     common.add_run_flags(parser, out="latents")
-    parser.set_defaults(dtype="fp32")  # as REPA-E caches: latents are made once and used for a million steps
+    # As REPA-E caches. Latents are made once and used for a million steps: bf16 would leave an error of
+    # ERROR_BF16 of their standard deviation in them (docs/results.md).
+    parser.set_defaults(dtype="tf32")
     return parser.parse_args(argv)
 
 
 @torch.no_grad()
 def encode_batch(vae, images, dtype):
-    """Return moments [mean | std] (B, 2C, h, w), fp32, on the CPU, of uint8 images (B, 3, H, W)."""
+    """Return moments [mean | std] (B, 2C, h, w), fp32, of uint8 images (B, 3, H, W), on their device."""
     with common.autocast(images.device, dtype):
         posterior = vae.encode(data.to_float(images))
-    return torch.cat([posterior.mean, posterior.std], 1).float().cpu()
+    return torch.cat([posterior.mean, posterior.std], 1).float()
 
 
 def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
     dtype = common.resolve_dtype(args.dtype, proc.device)
-    if common.DTYPES[args.dtype] is torch.float32:  # asked for in full: no TF32
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+    on_cuda = proc.device.type == "cuda"
+    # On a CPU tf32 is fp32, and the latents of both may share a folder.
+    precision = "tf32" if on_cuda and args.dtype == "tf32" else str(dtype)[6:]
+    if args.dtype == "fp32":
+        common.forbid_tf32()
 
     # The VAE, and the images at the size that it was trained on.
     path = checkpoints.resolve(args.vae)
@@ -73,24 +80,30 @@ def main(argv=None):
              "split": args.split, "images_hash": dataset.images_hash, "num_images": len(dataset),
              "image_size": size, "num_classes": dataset.num_classes, "class_names": list(dataset.class_names),
              "channels": channels, "latent_size": (side, side), "shard_size": args.shard_size,
-             "dtype": args.store, "precision": str(dtype)[6:], "versions": common.versions()}
+             "dtype": args.store, "precision": precision, "versions": common.versions()}
     common.agree(vae_hash=facts["vae_hash"], images_hash=facts["images_hash"])
     common.claim(args.out, proc)
     writer = data.LatentWriter(args.out, facts)
     checkpoints.keep_for_latents(path)
-    on_cuda = proc.device.type == "cuda"  # cuDNN's convolutions want NHWC
-    vae.to(proc.device, memory_format=torch.channels_last if on_cuda else torch.preserve_format)
+    common.place(vae, proc.device)
+    common.compile_blocks(args.compile, proc.device, vae.encoder)
 
-    # The shards that are missing are shared out evenly.
+    # The shards that are missing are shared out evenly. One loader reads them all, a thread writes them: the
+    # network never waits for a file.
     missing = common.share_out(writer.missing(args.check) if proc.main else [], proc)
-    for shard in common.progress_bar(missing, proc, "encode, shards"):
-        moments, labels, corrupt = [], [], []
-        for batch in data.eval_loader(dataset, args.batch_size, None, args.workers, writer.images_of(shard)):
-            moments.append(encode_batch(vae, batch["images"].to(proc.device, non_blocking=True), dtype))
-            labels.append(batch["labels"])
-            # Another image was read in place of each that is corrupt.
-            corrupt += batch["indices"][batch["index"] != batch["indices"]].tolist()
-        writer.write(shard, torch.cat(moments), torch.cat(labels), corrupt)
+    indices = list(chain.from_iterable(map(writer.images_of, missing)))
+    batches = iter(data.eval_loader(dataset, args.batch_size, None, args.workers, indices, args.shard_size))
+    with common.Behind() as behind:
+        for shard in common.progress_bar(missing, proc, "encode, shards"):
+            moments, labels, corrupt, left = [], [], [], len(writer.images_of(shard))
+            while left:
+                batch = next(batches)
+                moments.append(encode_batch(vae, batch["images"].to(proc.device, non_blocking=True), dtype))
+                labels.append(batch["labels"])
+                # Another image was read in place of each that is corrupt.
+                corrupt += batch["indices"][batch["index"] != batch["indices"]].tolist()
+                left -= len(batch["labels"])
+            behind(writer.write, shard, torch.cat(moments), torch.cat(labels), corrupt)
 
     common.barrier()
     if proc.main:

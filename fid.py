@@ -437,7 +437,7 @@ def run_rfid(args, extractor, proc):
     """Compare images with their reconstructions, print the numbers and write them; {} on all ranks but 0."""
     if has_array(args.data, "mu"):
         raise ValueError(f"{args.data} is a reference for gfid; rfid wants images, to reconstruct them")
-    vae = checkpoints.load_vae(args.vae).to(proc.device)
+    vae = common.place(checkpoints.load_vae(args.vae), proc.device)
     without = args.no_lpips or (args.features == "shapes" and not args.lpips_weights)
     lpips = None if without else LPIPS(args.lpips_weights).to(proc.device)
     trained = checkpoints.read_own(args.vae).get("args", {}).get("image_size")
@@ -503,9 +503,7 @@ def main(argv=None):
     for path in map(Path, [args.reference, *args.samples] if args.command == "gfid" else [args.data]):
         if not (path.exists() or str(path) == "shapes" or any(map(Path.is_file, path.parents))):
             raise FileNotFoundError(f"{path}: no such file, folder or archive")
-    # TF32 has 10 bits of mantissa: the distances would change.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    common.forbid_tf32()  # it has 10 bits of mantissa: the distances would change
     extractor = load_extractor(args.features, args.features_weights, args.resize, proc.device)
     return {"gfid": run_gfid, "rfid": run_rfid, "stats": run_stats}[args.command](args, extractor, proc)
 

@@ -27,6 +27,7 @@ class LPIPS(nn.Module):
     weights: file of torchvision's vgg16 (keys features.N.*), or None for timm's vgg16.tv_in1k from the hub;
     "random" leaves the trunk untrained, for tests and timings only. The linear heads are those of the `lpips`
     package, in assets/. Keys: features.N.*, lin{k}.model.1.weight. Frozen; gradients reach x and y.
+    Under autocast the trunk runs in its type, but what is compared is always fp32.
     """
     TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
@@ -51,8 +52,8 @@ class LPIPS(nn.Module):
 
     def per_layer(self, x, y):
         """Return the share of each of the five layers in the distance, (B, 5)."""
+        pairs = zip(self.taps(at_least_float32(x)), self.taps(at_least_float32(y)))
         with torch.autocast(x.device.type, enabled=False):
-            pairs = zip(self.taps(at_least_float32(x)), self.taps(at_least_float32(y)))
             shares = [getattr(self, f"lin{k}")["model"]((unit_length(a) - unit_length(b)).square())
                       for k, (a, b) in enumerate(pairs)]  # each (B, 1, h, w)
         return torch.stack([share.mean(dim=(1, 2, 3)) for share in shares], dim=1)
@@ -68,10 +69,11 @@ class LPIPS(nn.Module):
 
 
 def unit_length(x):
-    """Divide x (B, C, h, w) by its norm over C, to which the published code adds 1e-10.
+    """Divide x (B, C, h, w) by its norm over C, to which the published code adds 1e-10; at least fp32.
 
     The clamp changes no norm above 1e-10; without it the gradient at an all-zero pixel is 0 * inf = nan.
     """
+    x = at_least_float32(x)
     return x / (x.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10)
 
 

@@ -358,8 +358,7 @@ def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
     # L-BFGS compares losses that TF32 cannot tell apart, and encode.py makes its latents without TF32, too.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    common.forbid_tf32()
     if not proc.main:  # one process does it all
         return None
     if not 0 <= args.t <= 1:

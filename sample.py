@@ -45,8 +45,8 @@ def parse_args(argv=None):
     add("--labels", default="balanced", choices=("balanced", "random"), help="in turn, or uniform as in REPA")
     add("--batch-size", type=positive, default=64, help="images per forward and device")
     add("--npz", action="store_true", help="also write samples.npz (arr_0, arr_1: ADM's format)")
-    add("--compile", action="store_true", help="torch.compile the model and the decoder")
     add("--dry-run", action="store_true", help="print configuration, sizes and evaluations, then leave")
+    common.add_compile_flag(parser)
     common.add_run_flags(parser, out="samples")
     args = parser.parse_args(argv)
     low, high = args.cfg_interval
@@ -63,12 +63,11 @@ def draw_labels(indices, args, num_classes: int) -> torch.Tensor:
     return torch.tensor([classes[draw % len(classes)] for draw in draws])
 
 
-@torch.no_grad()
-def sample_images(model, vae, latents, indices, args, device, dtype):
-    """Return uint8 images (B, H, W, 3) and labels (B,) of the given image numbers, numpy.
+def draw_latents(model, latents, indices, args, device, dtype):
+    """Return normalised latents (B, C, h, w) fp32 and labels (B,) of the given image numbers.
 
-    latents: what encode.py's meta.json says. The solver's state is fp32; network and decoder run under
-    autocast `dtype`.
+    latents: what encode.py's meta.json says. The solver's state is fp32; the network runs under autocast
+    `dtype`.
     """
     y = draw_labels(indices, args, latents["num_classes"]).to(device)
     shape = (latents["channels"], *latents["latent_size"])
@@ -84,10 +83,27 @@ def sample_images(model, vae, latents, indices, args, device, dtype):
         z = sample_sde(velocity, noise, args.steps, [torch.Generator(device).manual_seed(s) for s in seeds])
     else:
         z = sample_ode(velocity, noise, args.steps, heun=args.sampler == "heun")
+    return z, y
+
+
+@torch.no_grad()
+def decode(vae, latents, z, dtype):
+    """Return uint8 images (B, H, W, 3), numpy, of what draw_latents drew."""
     z = data.denormalize_latents(z, torch.tensor(latents["mean"]), torch.tensor(latents["std"]))
-    with common.autocast(device, torch.float32 if dtype == torch.float16 else dtype):  # it may overflow
+    with common.autocast(z.device, torch.float32 if dtype == torch.float16 else dtype):  # it may overflow
         x = vae.decode(z)
-    return data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()
+    return data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def prepare(model, vae, args, device, dtype):
+    """Move both networks to the device, and make them as fast as they get there."""
+    model.to(device)
+    common.place(vae, device)
+    # Autocast would cast these weights in each of the solver's steps. The time embedding stays fp32.
+    for name, layer in model.named_modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and not name.startswith("t_embedder"):
+            layer.to(dtype)
+    common.compile_blocks(args.compile, device, model, vae.decoder)
 
 
 def open_models(args):
@@ -168,17 +184,18 @@ def main(argv=None):
     settings = {key: value for key, value in protocol.items() if key not in FREE}
     common.agree(**settings)
     common.claim(args.out, proc)
-    model, vae = model.to(proc.device), vae.to(proc.device)
-    if args.compile:
-        common.compile_modules(model, vae.decoder)
+    prepare(model, vae, args, proc.device, dtype)
 
     # A part is a batch, and always the same one, whichever process draws it.
     parts = data.Parts(Path(args.out) / "parts", {"num_images": num, "shard_size": args.batch_size})
     missing = common.share_out(parts.begin(settings) if proc.main else [], proc)
-    for part in common.progress_bar(missing, proc, "sample, batches"):
-        batch = parts.images_of(part)
-        drawn = sample_images(model, vae, latents, batch, args, proc.device, dtype)
-        data.save_npz(parts.file_of(part), *drawn)
+
+    def store(part, z, y):
+        data.save_npz(parts.file_of(part), decode(vae, latents, z, dtype), y.cpu())
+    with common.Behind() as behind:  # a part is decoded and written beside the sampling of the next
+        for part in common.progress_bar(missing, proc, "sample, batches"):
+            drawn = draw_latents(model, latents, parts.images_of(part), args, proc.device, dtype)
+            behind(store, part, *drawn)
 
     common.barrier()
     if proc.main:

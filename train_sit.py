@@ -230,8 +230,7 @@ def build(args, latents, proc) -> Networks:
     nets.model.grad_checkpointing = args.checkpointing
     nets.model.train().to(device)
     nets.ema = common.EMA(nets.model, args.ema)
-    if args.compile:
-        common.compile_modules(nets.model, nets.teacher)
+    common.compile_blocks(args.compile, device, nets.model, nets.teacher)
 
     # The positions are not trained: they are a parameter only because published files have them as one.
     nets.opt = common.adamw(nets.model.parameters(), args.lr)
@@ -314,7 +313,7 @@ def validate(nets, held_out, args) -> dict:
 def preview(nets, latents, step, args) -> None:
     """Write a grid of EMA samples (Euler), one column per class, the first ten classes, from fixed noise."""
     facts, device = latents.facts, nets.device
-    vae = checkpoints.load_vae(facts["vae"]).to(device)
+    vae = common.place(checkpoints.load_vae(facts["vae"]), device)
     model = averaged(nets)
     # Always the same noise and classes, so that the pictures of a run can be compared.
     columns = min(latents.num_classes, 10)
@@ -374,20 +373,22 @@ def main(argv=None):
     # Training.
     loader = data.make_loader(dataset, args.batch_size, proc, micro, args.seed, progress.images_seen,
                               num_steps - step, args.workers)
-    for step, batches in progress.steps(loader, accum):
-        terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
-        # Reads numbers from the device every --log-every steps only.
-        progress.record(terms, skipped)
-        # Saving comes last: a run that is stopped before it comes back, and does these again.
-        if held_out is not None and progress.due(args.val_every) and proc.main:
-            progress.look(validate, nets, held_out, args)
-        if args.sample_every and progress.due(args.sample_every) and proc.main:
-            progress.look(preview, nets, latents, step, args)
-        if progress.should_save():
-            common.check_same(nets.model)
-            state = pack(nets, latents, step, args) | {"images_seen": progress.images_seen}
-            if proc.main:
-                checkpoints.save(args.out, step, state, args.keep)
+    with common.Behind() as behind:
+        for step, batches in progress.steps(loader, accum, behind):
+            terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
+            # Reads numbers from the device every --log-every steps only.
+            progress.record(terms, skipped)
+            # Saving comes last: a run that is stopped before it comes back, and does these again.
+            if held_out is not None and progress.due(args.val_every) and proc.main:
+                progress.look(validate, nets, held_out, args)
+            if args.sample_every and progress.due(args.sample_every) and proc.main:
+                progress.look(preview, nets, latents, step, args)
+            if progress.should_save():
+                common.check_same(nets.model)
+                state = pack(nets, latents, step, args) | {"images_seen": progress.images_seen}
+                if proc.main:
+                    # The step waits for a copy, not for the disk.
+                    behind(checkpoints.save, args.out, step, checkpoints.snapshot(state), args.keep)
     return args.out
 
 

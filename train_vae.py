@@ -84,9 +84,8 @@ def loss_terms(nets, x, rows, step, args):
     with common.autocast(nets.device, nets.dtype):
         target = None if nets.teacher is None else nets.teacher(x)     # f(x)
         x_hat, posterior, tokens = nets.send_ddp(x, eps_z, t, eps)
-
-    # L_rec + LPIPS + w_kl KL
-    loss, terms = vae_loss(x, x_hat, posterior, args.rec, nets.lpips, args.lpips, args.kl)
+        # L_rec + LPIPS + w_kl KL; only LPIPS's convolutions are not fp32
+        loss, terms = vae_loss(x, x_hat, posterior, args.rec, nets.lpips, args.lpips, args.kl)
 
     # w_gan L_gan: the discriminator joins after its own warm-up
     if nets.disc is not None and step >= args.disc_start + args.disc_warmup:
@@ -278,9 +277,7 @@ def build(args, proc, saved=None) -> Networks:
         # cuDNN's bf16 convolutions want NHWC. Teacher and mapper are transformers.
         if proc.device.type == "cuda" and module is not None:
             module.to(memory_format=torch.channels_last)
-    # LPIPS and the discriminator stay eager: their share of the step is small.
-    if args.compile:
-        common.compile_modules(vae.encoder, vae.decoder, nets.teacher)
+    common.compile_blocks(args.compile, proc.device, nets.send, nets.teacher, nets.lpips)
 
     nets.send_ddp = common.distribute(nets.send, proc)
     nets.opt = common.adamw(nets.send.parameters(), args.lr)
@@ -500,19 +497,21 @@ def main(argv=None):
     # Training.
     loader = data.make_loader(train_set, args.batch_size, proc, micro, args.seed, progress.images_seen,
                               num_steps - step, args.workers)
-    for step, batches in progress.steps(loader, accum):
-        terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
-        # Reads numbers from the device every --log-every steps only.
-        progress.record(terms, skipped)
-        # Saving comes last: a run that is stopped before it comes back, and evaluates again.
-        if progress.due(args.eval_every) and proc.main:
-            progress.look(evaluate, nets, eval_set, eval_name, step, args)
-            nets.send.train()  # also where the evaluation failed
-        if progress.should_save():
-            common.check_same(nets.send)
-            state = pack(nets, step, args) | {"images_hash": images, "images_seen": progress.images_seen}
-            if proc.main:
-                checkpoints.save(args.out, step, state, args.keep)
+    with common.Behind() as behind:
+        for step, batches in progress.steps(loader, accum, behind):
+            terms, skipped = train_step(nets, batches, step - 1, args, num_steps)
+            # Reads numbers from the device every --log-every steps only.
+            progress.record(terms, skipped)
+            # Saving comes last: a run that is stopped before it comes back, and evaluates again.
+            if progress.due(args.eval_every) and proc.main:
+                progress.look(evaluate, nets, eval_set, eval_name, step, args)
+                nets.send.train()  # also where the evaluation failed
+            if progress.should_save():
+                common.check_same(nets.send)
+                state = pack(nets, step, args) | {"images_hash": images, "images_seen": progress.images_seen}
+                if proc.main:
+                    # The step waits for a copy, not for the disk.
+                    behind(checkpoints.save, args.out, step, checkpoints.snapshot(state), args.keep)
     return args.out
 
 

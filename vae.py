@@ -76,21 +76,38 @@ class Posterior:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm, then swish unless that is off, of x (B, C, H, W), in x's own type; statistics are float32.
+
+    Autocast would make it all float32: over half of the VAE's memory, and a cast before and after each norm.
+    """
+
+    def __init__(self, groups, channels, swish=True):
+        super().__init__(groups, channels, eps=1e-6)
+        self.swish = swish
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)  # CUDA wants one type for all
+            h = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return F.silu(h) if self.swish else h
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions, each behind GroupNorm and swish, on a residual branch."""
 
     def __init__(self, in_ch, out_ch, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_ch, eps=1e-6)
+        self.norm1 = GroupNorm(groups, in_ch)
         self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_ch, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out_ch)
         self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
         if in_ch != out_ch:
             self.nin_shortcut = nn.Conv2d(in_ch, out_ch, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -99,7 +116,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, ch, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, ch, eps=1e-6)
+        self.norm = GroupNorm(groups, ch, swish=False)
         self.q = nn.Conv2d(ch, ch, 1)
         self.k = nn.Conv2d(ch, ch, 1)
         self.v = nn.Conv2d(ch, ch, 1)
@@ -194,7 +211,7 @@ class Encoder(nn.Module):
             self.down.append(level)
             ch = out_ch
         self.mid = Mid(ch, cfg.norm_groups)
-        self.norm_out = nn.GroupNorm(cfg.norm_groups, ch, eps=1e-6)
+        self.norm_out = GroupNorm(cfg.norm_groups, ch)
         self.conv_out = nn.Conv2d(ch, 2 * cfg.z_channels, 3, padding=1)
 
     def forward(self, x, checkpointing=False):
@@ -204,7 +221,7 @@ class Encoder(nn.Module):
             if i < len(self.down) - 1:
                 h = level.downsample(h)
         h = self.mid(h, checkpointing)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -225,7 +242,7 @@ class Decoder(nn.Module):
             up.insert(0, level)
             ch = out_ch
         self.up = nn.ModuleList(up)
-        self.norm_out = nn.GroupNorm(cfg.norm_groups, ch, eps=1e-6)
+        self.norm_out = GroupNorm(cfg.norm_groups, ch)
         self.conv_out = nn.Conv2d(ch, cfg.in_channels * cfg.stem ** 2, 3, padding=1)
 
     def forward(self, z, checkpointing=False):
@@ -234,7 +251,7 @@ class Decoder(nn.Module):
             h = level(h, checkpointing)
             if i > 0:
                 h = level.upsample(h)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.stem)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.stem)
 
 
 def check_range(x):

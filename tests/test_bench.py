@@ -30,12 +30,13 @@ def test_step_is_the_trainers_own_with_all_its_networks(stage, trainer, monkeypa
     """At 64 px, where LPIPS and GAN are in, with a teacher from timm."""
     seen, compiled, real_step = [], [], trainer.train_step
     monkeypatch.setattr(trainer, "train_step", lambda *given: seen.append(given) or real_step(*given))
-    monkeypatch.setattr(common, "compile_modules", lambda *modules: compiled.extend(modules))
-    more = "--image-size 64 --teacher vit_tiny_patch16_224 --compile".split()
+    monkeypatch.setattr(common, "compile_blocks", lambda *given: compiled.extend(given))
+    more = "--image-size 64 --teacher vit_tiny_patch16_224 --micro-batch-size 1".split()
     args = bench.parse_args(["--stage", stage, *TINY, *more])
-    terms, skipped = bench.make_step(stage, args, common.setup("cpu"))()
+    terms, skipped = bench.make_step(stage, "on", 2, args, common.setup("cpu"))()
     [(nets, batches, _, run, _)], names = seen, {name for part in terms for name in part}
-    assert nets.teacher in compiled and [len(batch["rows"]) for batch in batches] == [2]
+    assert compiled[0] == "on" and nets.teacher in compiled
+    assert [len(batch["rows"]) for batch in batches] == ([2] if stage == "vae" else [1, 1])
     assert not skipped and nets.teacher.name == "vit_tiny_patch16_224"
     assert names >= ({"rec", "lpips", "kl", "gan", "align", "disc"} if stage == "vae" else {"flow", "repa"})
     assert stage == "sit" or nets.send.mapper.bn.group == 2 == trainer.norm_group(run)
@@ -49,7 +50,7 @@ def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):
     def step():
         convolution(x).sum().backward()  # no gradient for x: as much again as forward
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    monkeypatch.setattr(bench, "make_step", lambda *args: step)
+    monkeypatch.setattr(bench, "make_step", lambda *given: step)
     monkeypatch.setattr(bench, "PEAK_TFLOPS", {"CPU": 0.5})
     bench.main(["--stage", "vae", *TINY, "--dtype", "bf16"])
     row = json.loads(capsys.readouterr().out)

@@ -17,6 +17,7 @@ import torch
 
 import common
 import train_vae
+import vae
 
 CPU = common.Proc(0, 1, torch.device("cpu"))
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -107,8 +108,9 @@ def test_without_a_compiler_compile_says_so_and_runs_eagerly(monkeypatch, capsys
     def no_compiler(function):
         raise RuntimeError("no C++ compiler\nand more")
     monkeypatch.setattr(torch, "compile", no_compiler)
-    layer = torch.nn.Linear(2, 2)
-    common.compile_modules(layer, None)
+    layer = vae.ResnetBlock(8, 8, 2)
+    for wanted, device in (("off", "cuda"), ("auto", "cpu"), ("on", "cpu")):
+        common.compile_blocks(wanted, torch.device(device), layer, None)
     said, = capsys.readouterr().out.splitlines()
     assert said.startswith("torch.compile: off, runs eagerly: RuntimeError('no C++ compiler")
     assert layer._compiled_call_impl is None

@@ -234,7 +234,7 @@ def test_samples_of_killed_processes_are_continued_to_the_same_bits(drawn, jobs,
     damaged = bytearray((parts / "part-00001.npz").read_bytes())
     damaged[1000] ^= 1
     (parts / "part-00001.npz").write_bytes(damaged)
-    calls, draw = [], sample.sample_images
-    monkeypatch.setattr(sample, "sample_images", lambda *given: calls.append(given[3]) or draw(*given))
+    calls, draw = [], sample.draw_latents
+    monkeypatch.setattr(sample, "draw_latents", lambda *given: calls.append(given[2]) or draw(*given))
     run(sample, flags)
     assert [batch[0] // 4 for batch in calls] == [1, 3, 4, 5] and same_samples(out, whole)

@@ -104,15 +104,15 @@ def same_samples(folder, whole):
 
 
 def test_a_larger_number_goes_on_from_a_smaller_one(drawn, tmp_path, monkeypatch):
-    (flags, whole), calls, draw = drawn, [], sample.sample_images
+    (flags, whole), calls, draw = drawn, [], sample.draw_latents
 
     def draw_or_stop(*given):
-        if len(calls) == 3 and given[4].num == 13:
+        if len(calls) == 3 and given[3].num == 13:
             raise KeyboardInterrupt
-        calls.append(given[3])
+        calls.append(given[2])
         return draw(*given)
 
-    monkeypatch.setattr(sample, "sample_images", draw_or_stop)
+    monkeypatch.setattr(sample, "draw_latents", draw_or_stop)
     with pytest.raises(KeyboardInterrupt):
         run(sample, f"{flags} --num 13 --out {tmp_path}")
     run(sample, f"{flags} --out {tmp_path}")

@@ -308,7 +308,7 @@ VAE_EFFECTS = {
     "--mapper-depth 0": ALIGN, "--mapper-depth 2": ALIGN, "--projector-dim 32": ALIGN,
     "--gan-adaptive": "gan_weight loss grad_norm", "--disc-start 2": f"loss grad_norm {ALL_GAN}",
     "--disc-warmup 1": "", "--disc-warmup 2": "gan loss grad_norm disc*", "--checkpointing": "",
-    "--compile": "", "--disc-init {vae}": f"loss grad_norm {ALL_GAN}", "--bn-group 8": f"{ALIGN} {ALL_GAN}",
+    "--compile on": "", "--disc-init {vae}": f"loss grad_norm {ALL_GAN}", "--bn-group 8": f"{ALIGN} {ALL_GAN}",
     "--init {vae}": f"rec kl {ALIGN} gan disc disc_fake grad_norm_disc",
     "--lr 2e-3": "lr", "--warmup 4": "lr", "--cooldown 9": "lr", "--disc-lr 2e-4": "disc*",
     "--grad-clip 1e-9": "send* disc*", "--seed 1": f"rec {ALIGN} gan disc disc_fake grad_norm_disc"}
@@ -317,7 +317,7 @@ SIT_EFFECTS = {
     "--qk-norm": "flow loss grad_norm", "--seed 1": "flow loss grad_norm", "--checkpointing": "",
     "--repa": "repa loss grad_norm", "--repa --repa-weight 0.1": "repa loss grad_norm", "--ema 0.1": "ema*",
     "--lr 2e-3": "lr", "--warmup 4": "lr", "--cooldown 9": "lr", "--grad-clip 1e-9": "model* ema*",
-    "--dtype bf16": "flow loss grad_norm", "--compile": ""}
+    "--dtype bf16": "flow loss grad_norm", "--compile on": ""}
 
 
 def numbers_of(script, nets, args, trained):
@@ -353,9 +353,10 @@ def base(trained):
 
 @pytest.fixture()
 def compiled(monkeypatch):
-    """The modules that were to be compiled, which they are not."""
+    """The networks that were to be compiled, which they are not."""
     seen = []
-    monkeypatch.setattr(common, "compile_modules", lambda *modules: seen.extend(filter(None, modules)))
+    monkeypatch.setattr(common, "compile_blocks", lambda wanted, device, *networks: wanted == "on" and
+                        seen.extend(filter(None, networks)))
     return seen
 
 
@@ -373,7 +374,7 @@ def test_every_flag_of_the_vae_has_its_effect(trained, base, flags, compiled):
     assert ours["loss"] == pytest.approx(total, rel=1e-5)
     vae = nets.send.vae
     assert (vae.checkpointing, ours["lpips"] > 0) == ("point" in flags, "lpips" in flags)
-    assert compiled == ([vae.encoder, vae.decoder, nets.teacher] if flags == "--compile" else [])
+    assert compiled == ([nets.send, nets.teacher] if flags == "--compile on" else [])
 
 
 @pytest.mark.parametrize("flags", SIT_EFFECTS)
@@ -383,7 +384,7 @@ def test_every_flag_of_the_sit_has_its_effect(trained, base, flags, compiled):
     assert changes(ours, base["sit"]) == {*SIT_EFFECTS[flags].split()}
     assert ours["loss"] == pytest.approx(ours["flow"] + args.repa_weight * ours.get("repa", 0), rel=1e-5)
     assert nets.model.grad_checkpointing == ("point" in flags)
-    assert compiled == ([nets.model] if flags == "--compile" else [])
+    assert compiled == ([nets.model] if flags == "--compile on" else [])
 
 
 def test_the_loss_scales_of_fp16_are_saved_and_continued_with(trained):
@@ -411,7 +412,7 @@ def test_the_preview_shows_samples_of_the_average(trained, tmp_path, monkeypatch
     noise = common.noise_for((28, 4, 4), range(8), "cpu", 0, "preview")
     z = data.denormalize_latents(noise, latents.mean, latents.std)
     with torch.no_grad():
-        x = checkpoints.load_vae(trained.vae).decode(z)
+        x = common.place(checkpoints.load_vae(trained.vae), z.device).decode(z)
     data.save_grid(tmp_path / "wanted.png", data.to_uint8(x), columns=2)
     assert (tmp_path / "samples_0000007.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
 
@@ -440,7 +441,7 @@ def samples_of(trained, out, flags):
 def test_a_sample_is_a_function_of_seed_number_and_recipe(trained, tmp_path, compiled):
     """Not of the batch and of how many there are (nor of --weights, which are equal here)."""
     base, _ = samples_of(trained, tmp_path, "--num 6")
-    for flags in ("--num 6 --batch-size 4", "--num 3 --compile", "--num 6 --weights raw"):
+    for flags in ("--num 6 --batch-size 4", "--num 3 --compile on", "--num 6 --weights raw"):
         again, _ = samples_of(trained, tmp_path, flags)
         assert np.abs(again - base[:len(again)]).max() <= 1, flags
     for flags in ("--seed 1", "--cfg 1", "--sampler euler", "--sampler heun", "--cfg-interval 0 0.5",

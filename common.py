@@ -262,7 +262,7 @@ def add_run_flags(parser, out: str | None = None) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
     add("--dtype", default="auto", choices=tuple(DTYPES), 
-        help="autocast: bf16, else fp16 on CUDA, or fp32; tf32: fp32 that CUDA may round to TF32 in products")
+        help="autocast: bf16, else fp16 on CUDA, or fp32; tf32: fp32 whose products CUDA may round to TF32")
     add("--seed", type=int, default=0, help="seed of all randomness")
     if out is not None:
         add("--out", default=out, help="output folder")
@@ -274,6 +274,7 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
     add("--steps", type=natural, default=0, help="optimisation steps; 0 = from --epochs")
     add("--warmup", type=natural, default=0, help="steps over which lr rises from 0")
     add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
+    add("--beta2", type=float, default=0.999, help="AdamW's decay of squared gradients; .99 for short runs")
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
     add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
     add_compile_flag(parser)
@@ -389,6 +390,8 @@ def versions() -> dict:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Autocast type for `--dtype`; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 elsewhere."""
+    if name == "fp32":
+        forbid_tf32()
     if DTYPES[name] is not None:
         return DTYPES[name]
     if device.type == "cuda":
@@ -399,7 +402,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def forbid_tf32() -> None:
-    """Compute products of fp32 in full: `setup` and torch's convolutions take TF32 where CUDA has it."""
+    """Compute products of fp32 in full. Else those of CUDA are TF32, by torch's defaults and `setup`."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
@@ -456,10 +459,10 @@ def compile_blocks(wanted: str, device: torch.device, *networks) -> None:
     print0(f"torch.compile: {len(blocks)} blocks; the first step makes their code")
 
 
-def adamw(params, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0) -> torch.optim.AdamW:
+def adamw(params, lr: float, beta2: float = 0.999, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW in one fused kernel: faster, and it can skip a step on the device (see `optimizer_step`)."""
     trained = [p for p in params if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
 
 
 def load_optimizer(optimizer, state: dict) -> None:
@@ -739,7 +742,7 @@ class Progress:
         row = self.read_means() if due and self.sums else None  # this waits for the device
         self.seconds += time.perf_counter() - self.began
         if self.bar and self.images_seen <= self.args.batch_size:
-            print0(f"first step: {self.seconds:.1f} s, with compiling, if that is on")
+            print0(f"first step: {self.seconds:.1f} s")  # with compiling, where that is on
         if row is not None:
             self.log({**row, **self.read_throughput()})
             self.check_health(row)

@@ -33,8 +33,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print configuration and size on disk, then leave")
     common.add_compile_flag(parser)
     common.add_run_flags(parser, out="latents")
-    # As REPA-E caches. Latents are made once and used for a million steps: bf16 would leave an error of
-    # ERROR_BF16 of their standard deviation in them (docs/results.md).
+    # As REPA-E caches. Latents are made once and used for a million steps; docs/results.md has the errors.
     parser.set_defaults(dtype="tf32")
     return parser.parse_args(argv)
 
@@ -54,8 +53,6 @@ def main(argv=None):
     on_cuda = proc.device.type == "cuda"
     # On a CPU tf32 is fp32, and the latents of both may share a folder.
     precision = "tf32" if on_cuda and args.dtype == "tf32" else str(dtype)[6:]
-    if args.dtype == "fp32":
-        common.forbid_tf32()
 
     # The VAE, and the images at the size that it was trained on.
     path = checkpoints.resolve(args.vae)

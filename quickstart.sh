@@ -10,7 +10,7 @@ refuse() { echo "error: $1; usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] ./quickst
 case "${1:-}" in -*) refuse "$1 is no folder";; esac
 [ $# -le 1 ] || refuse "$# arguments, want one folder"
 OUT="${1:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
-PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-2000}" SIT_STEPS="${SIT_STEPS:-3200}"
+PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-1500}" SIT_STEPS="${SIT_STEPS:-3000}"
 SAMPLES="${SAMPLES:-1000}"
 for name in SEED PRETRAIN_STEPS VAE_STEPS SIT_STEPS SAMPLES; do  # before anything is written or installed
   case "$name ${!name}" in
@@ -57,11 +57,10 @@ stage() {
 }
 
 run="--seed $SEED --device $DEVICE"
-vae="--data shapes --vae tiny --rec l2 --lpips 0 --gan 0 --batch-size 32 --lr 2e-3 --warmup 50
-  --eval-every 400 --save-every 400"
-sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 2e-3 --warmup 100 --cooldown 2200 --ema 0.99
-  --t-sampling lognormal --sample-every 0 --save-every 1000 --val-every 400
-  --workers 0"
+vae="--data shapes --vae tiny --rec l2 --lpips 0 --gan 0 --batch-size 32 --lr 5e-3 --beta2 0.99 --warmup 50
+  --eval-every 500 --save-every 500"
+sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 1e-2 --beta2 0.99 --warmup 100 --cooldown 2100 --ema 0.99
+  --t-sampling lognormal --sample-every 0 --save-every 1000 --workers 0"
 
 # arm plain|send: everything that is done with one of the two VAEs.
 arm() {
@@ -70,15 +69,14 @@ arm() {
   local cfg name="$1" dir="$OUT/$1" align="--align 0"
   # Noise before the mapper costs more than it gives at this scale (docs/results.md). train_vae.py's default: on.
   if [ "$name" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
-  stage "$name-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1500 \
+  stage "$name-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1200 \
     $run --out "$dir/vae"
   stage "$name-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
   stage "$name-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
-  stage "$name-val"     encode.py --data shapes --split val --vae "$dir/vae" --device "$DEVICE" --out "$dir/val"
-  stage "$name-sit"     train_sit.py --latents "$dir/latents" --val-latents "$dir/val" $sit $run --out "$dir/sit"
+  stage "$name-sit"     train_sit.py --latents "$dir/latents" $sit $run --out "$dir/sit"
   for cfg in 1 2; do
-    stage "$name-sample$cfg" sample.py --ckpt "$dir/sit" --cfg "$cfg" --sampler euler --steps 50 --num "$SAMPLES" \
-      --batch-size 250 --npz $run --out "$dir/samples/cfg$cfg"
+    stage "$name-sample$cfg" sample.py --ckpt "$dir/sit" --cfg "$cfg" --sampler heun --steps 8 --num "$SAMPLES" \
+      --batch-size 100 --npz $run --out "$dir/samples/cfg$cfg"
   done
   stage "$name-fid"     fid.py gfid shapes "$dir/samples/cfg1/samples.npz" "$dir/samples/cfg2/samples.npz" \
     --features shapes --device "$DEVICE" --out "$dir/gfid.json"

@@ -111,7 +111,7 @@ class SiTConfig:
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 SIT_SIZES = {f"{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
              for name, (width, depth, heads) in _WIDTHS.items() for patch in (1, 2, 4, 8)}
-SIT_SIZES["tiny/1"] = dict(hidden_size=192, depth=4, num_heads=3, patch_size=1)  # for the embedded data set
+SIT_SIZES["tiny/1"] = dict(hidden_size=128, depth=4, num_heads=4, patch_size=1)  # for the embedded data set
 
 
 class TimestepEmbedder(nn.Module):

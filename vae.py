@@ -44,7 +44,8 @@ class VAEConfig:
 VAE_SIZES = {
     "f16d32": VAEConfig(),
     "f8d4": VAEConfig(ch_mult=(1, 2, 4, 4), z_channels=4),
-    "tiny": VAEConfig(ch=160, ch_mult=(1,), attn_resolutions=(), resolution=32, z_channels=28, stem=8),
+    "tiny": VAEConfig(ch=96, ch_mult=(1,), num_res_blocks=0, attn_resolutions=(), resolution=32,
+                      z_channels=28, stem=8),
 }
 
 

@@ -21,7 +21,7 @@ import data
 import probe
 
 ARMS = {"plain": "plain VAE", "send": "Send-VAE"}  # folder in a run -> name
-KEYS = "rec,psnr_db,align,flow,val_flow,grad_norm"  # what the command in the report draws
+KEYS = "rec,psnr_db,align,flow,grad_norm"  # what the command in the report draws
 SHOWN = 12  # images in the pictures of reconstructions and latents
 
 

@@ -118,7 +118,8 @@ def _render(f, size):
     alpha = _shape_alpha(SECONDS, f["second"], x, y, f["second_size"], pixel)[1]
     image = _mix(image, colour[f["second_hue"]], alpha)
     # inversion: lightness of the HSL model becomes 1 - lightness, the hue stays
-    inverted = image + 1 - image.max(axis=-1, keepdims=True) - image.min(axis=-1, keepdims=True)
+    channels = [image[..., k:k + 1] for k in range(3)]  # numpy's own max over so short an axis is slow
+    inverted = image + 1 - functools.reduce(np.maximum, channels) - functools.reduce(np.minimum, channels)
     image = np.where(f["inverted"][..., None], inverted, image)
     return np.rint(255 * np.clip(image * f["light"][..., None], 0, 1)).astype(np.uint8)
 
@@ -162,7 +163,7 @@ class Shapes:
                              "split train or val, num >= 1, size >= 8, seed >= 0, frame >= 0")
         self.image_size = size
         self.factors = _draw_factors(num, seed, SPLITS[split], frame)
-        parts = [{k: v[i:i + 256] for k, v in self.factors.items()} for i in range(0, num, 256)]
+        parts = [{k: v[i:i + 64] for k, v in self.factors.items()} for i in range(0, num, 64)]
         self.images = np.concatenate([_render(part, size) for part in parts])
         self.labels = self.factors["shape"].astype(np.int64)
         columns = {f"{key}={name}": self.factors[key] == i

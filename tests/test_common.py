@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,27 @@ def test_the_average_warms_up_and_copies_what_is_not_trained():
     ema.update(model, 5, NO)
     assert torch.allclose(ema.state["weight"], before.lerp(model.weight, 1 - 6 / 15))
     assert ema.state["bias"].tolist() == 3 * [7]
+
+
+def test_what_runs_behind_comes_in_order_and_its_errors_are_raised():
+    order = []
+
+    def note(number, error=None):
+        time.sleep(0.05)
+        order.append(number)
+        if error:
+            raise error
+    with common.Behind() as behind:
+        for number in range(3):
+            behind(note, number)
+        assert order == [0, 1]
+    assert order == [0, 1, 2]
+    with pytest.raises(OSError, match="full"), common.Behind() as behind:
+        behind(note, 3, OSError("full"))
+    with pytest.raises(KeyError, match="first"), common.Behind() as behind:  # the error on its way
+        behind(note, 4, OSError("full"))
+        raise KeyError("first")
+    assert order == [0, 1, 2, 3, 4]
 
 
 def test_without_a_compiler_compile_says_so_and_runs_eagerly(monkeypatch, capsys):

@@ -238,6 +238,11 @@ def test_eval_loader_delivers_each_index_once_over_the_processes(world):
     assert torch.cat([batch["rows"] for batch in batches]).tolist() == list(range(10))
 
 
+def test_every_group_begins_a_batch():
+    batches = data.eval_loader(Numbers(range(12)), 4, None, 0, range(1, 12), group=5)
+    assert [batch["images"].tolist() for batch in batches] == [[1, 2, 3, 4], [5], [6, 7, 8, 9], [10], [11]]
+
+
 # latents
 
 N, C, SIDE = 53, 3, 4

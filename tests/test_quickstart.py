@@ -43,7 +43,7 @@ def test_commands_parse_and_go_to_the_folder_that_was_named(tmp_path):
     run = quickstart(tmp_path, 'echo "run $@"')
     shown = run.communicate()[0] + (tmp_path / "out" / "plain.log").read_text()
     commands = re.findall(r"^run (?:(\w+)\.py|-m (shapes\.\w+)) (.*)", shown, re.M)
-    assert run.returncode == 0 and len(commands) == 19
+    assert run.returncode == 0 and len(commands) == 17
     for script, module, arguments in commands:
         assert str(tmp_path / "out") in arguments
         importlib.import_module(script or module).parse_args(shlex.split(arguments))

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,30 @@ def test_a_sit_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path, mon
     files = {name: sorted(os.listdir(tmp_path / name)) for name in ("whole", "parts")}
     assert files["whole"] == [".lock", "ckpt_0000002.pt", "ckpt_0000003.pt", "log.jsonl"]
     assert files["parts"][-3:] == [f"samples_000000{step}.png" for step in (1, 2, 3)]
+
+
+def test_a_checkpoint_is_of_its_step_though_it_is_written_while_others_run(trained, tmp_path, monkeypatch):
+    """The first is written once step 3 has begun; where that fails, step 4 does not begin."""
+    flags, begun, step = f"--latents {trained.latents} {SIT}", threading.Event(), train_sit.train_step
+    run(train_sit, f"{flags} --steps 1 --out {tmp_path}/one")
+
+    def train_step(nets, batches, number, *rest):
+        if number == 2:
+            begun.set()
+            time.sleep(0.5)  # the writer is done before step 3 ends
+        assert number < 3
+        return step(nets, batches, number, *rest)
+
+    def save(*given, save=checkpoints.save):
+        assert begun.wait(20)
+        save(*given)
+        raise OSError("the disk is full")
+    monkeypatch.setattr(train_sit, "train_step", train_step)
+    monkeypatch.setattr(checkpoints, "save", save)
+    with pytest.raises(OSError, match="full"):
+        run(train_sit, f"{flags} --steps 9 --out {tmp_path}/nine")
+    assert_same(*(torch.load(tmp_path / name / "ckpt_0000001.pt", weights_only=True)["optimizer"]
+                  for name in ("one", "nine")))
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -385,6 +411,12 @@ def test_every_flag_of_the_sit_has_its_effect(trained, base, flags, compiled):
     assert ours["loss"] == pytest.approx(ours["flow"] + args.repa_weight * ours.get("repa", 0), rel=1e-5)
     assert nets.model.grad_checkpointing == ("point" in flags)
     assert compiled == ([nets.model] if flags == "--compile on" else [])
+
+
+def test_beta2_reaches_all_optimizers(trained):  # a first step does not depend on it
+    nets = [vae_nets("--beta2 .9")[0], sit_nets(trained, "--beta2 .9")[0]]
+    for optimizer in (nets[0].opt, nets[0].opt_disc, nets[1].opt):
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
 
 def test_the_loss_scales_of_fp16_are_saved_and_continued_with(trained):

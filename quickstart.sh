@@ -20,8 +20,8 @@ for name in SEED PRETRAIN_STEPS VAE_STEPS SIT_STEPS SAMPLES; do  # before anythi
   esac
 done
 case "$DEVICE" in auto|cuda|mps|cpu) ;; *) refuse "DEVICE=$DEVICE is no device";; esac
-# Idle threads sleep: the two arms below, and other work, take the cores that they leave.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+# One thread each: networks this small are slower with two. An idle one sleeps, and leaves its core to others.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 check_version() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' > /dev/null 2>&1 ||
@@ -65,7 +65,6 @@ sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 1e-2 --beta2 0.99 --
 # arm plain|send: everything that is done with one of the two VAEs.
 arm() {
   trap 'exit 143' TERM  # a stage that was stopped is not done, whatever its exit code is
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
   local cfg name="$1" dir="$OUT/$1" align="--align 0"
   # Noise before the mapper costs more than it gives at this scale (docs/results.md). train_vae.py's default: on.
   if [ "$name" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
@@ -86,9 +85,8 @@ exec 3>&1
 trap 'exit 130' INT  # a stage that was stopped is not done, whatever its exit code is
 trap 'exit 143' TERM
 stage pretrain train_vae.py $vae --init none --align 0 --steps "$PRETRAIN_STEPS" $run --out "$OUT/pretrained"
-# The two arms run side by side, each on half of the cores: networks this small gain little from a second thread.
+# The two arms run side by side.
 echo "== plain and Send-VAE side by side; this shows Send-VAE, the plain one writes to $OUT/plain.log"
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 set -m  # each arm gets a process group, so that a stop of this script reaches all of its processes
 arm plain > "$OUT/plain.log" 2>&1 & plain=$!
 arm send & send=$!

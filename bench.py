@@ -8,7 +8,7 @@
     encode    encode.encode_batch at encode.py's own precision, TF32, unless --dtype says another; 64 images
     sit       train_sit.train_step with --repa and the EMA; 256 images in micro-batches of 128
     sample    10 steps of sample.py's SDE with guidance 2.5 in [0, .75]; step_ms is one; 64 images
-    decode    sample.decode, which runs beside the next batch's steps; 64 images
+    decode    sample.decode: latents to pixels; 64 images
     fid       Inception at 299 px whatever the image size, fp32; 64 images
 
 Weights and inputs are random, which makes no step slower or faster. The images are on the device already:
@@ -35,6 +35,7 @@ from sit import SIT_SIZES, SiT, SiTConfig
 from vae import VAE, VAE_SIZES
 
 STAGES = {"vae": 32, "encode": 64, "sit": 256, "sample": 64, "decode": 64, "fid": 64}  # images a step
+OWN_DTYPE = {"encode": "tf32", "fid": "fp32"}  # of --dtype auto
 SAMPLE_STEPS = 10
 # Dense bf16 (V100: fp16), from the data sheets.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "V100": 125}
@@ -56,20 +57,20 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def make_step(stage: str, compiled: str, size: int, args, proc):
+def make_step(stage: str, args, proc):
     """Build the networks and random inputs of a stage; return its step, a function without arguments."""
-    device, dtype = proc.device, common.resolve_dtype(args.dtype, proc.device)
+    device, dtype, size = proc.device, common.resolve_dtype(args.dtype, proc.device), args.batch_size
     torch.manual_seed(args.seed)
     vae = VAE(VAE_SIZES[args.vae]).eval()
     channels, side = vae.config.z_channels, args.image_size // vae.stride
     # What data.LatentFolder knows of latents, and a batch as the loaders make it.
-    mean, std = [0.0] * channels, [1.0] * channels
-    facts = {"channels": channels, "latent_size": (side, side), "num_classes": 1000, "mean": mean, "std": std}
-    latents = SimpleNamespace(facts=facts, num_classes=1000, mean=torch.tensor(mean), std=torch.tensor(std))
+    latents = SimpleNamespace(num_classes=1000, mean=torch.zeros(channels), std=torch.ones(channels))
+    facts = latents.facts = {"channels": channels, "latent_size": (side, side), "num_classes": 1000,
+                             "mean": latents.mean.tolist(), "std": latents.std.tolist()}
     images = torch.randint(256, (size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
     batch = {"images": images, "moments": torch.rand(size, 2 * channels, side, side, device=device),
              "labels": torch.randint(1000, (size,), device=device), "rows": torch.arange(size)}
-    flags = f"--batch-size {size} --dtype {args.dtype} --teacher {args.teacher} --compile {compiled}"
+    flags = f"--batch-size {size} --dtype {args.dtype} --teacher {args.teacher} --compile {args.compile}"
     flags += " --teacher-weights random" * (args.teacher != "shapes")
 
     if stage == "vae":
@@ -87,15 +88,13 @@ def make_step(stage: str, compiled: str, size: int, args, proc):
         return lambda: train_sit.train_step(nets, batches, 0, run, 1)
 
     if stage == "encode":
-        if args.dtype == "auto":
-            dtype = torch.float32  # of which CUDA's convolutions make TF32
         common.place(vae, device)
-        common.compile_blocks(compiled, device, vae.encoder)
+        common.compile_blocks(args.compile, device, vae.encoder)
         return lambda: encode.encode_batch(vae, images, dtype)
 
     if stage in ("sample", "decode"):
-        run = sample.parse_args(f"--steps {SAMPLE_STEPS} --cfg 2.5 --cfg-interval 0 .75 --compile {compiled}"
-                                .split())
+        run = sample.parse_args(f"--steps {SAMPLE_STEPS} --cfg 2.5 --cfg-interval 0 .75 "
+                                f"--compile {args.compile}".split())
         model = SiT(SiTConfig(input_size=side, in_channels=channels, **SIT_SIZES[args.model])).eval()
         sample.prepare(model, vae, run, device, dtype)
         if stage == "decode":
@@ -106,7 +105,7 @@ def make_step(stage: str, compiled: str, size: int, args, proc):
     return lambda: net(images)
 
 
-def time_steps(step, iters: int, device) -> list:
+def time_steps(step, iters: int, device) -> tuple:
     """Return (seconds of the first call, sorted seconds of `iters` calls; fewer, if all take over 10 s).
 
     Two calls warm up.
@@ -131,27 +130,30 @@ def main(argv=None):
         a = torch.randn(2048, 2048, device=proc.device, dtype=dtype)
         peak = 2 * len(a)**3 / time_steps(lambda: a @ a, 3, proc.device)[1][0] / 1e12
     for stage, compiled in product(args.stage, args.compile or (["off", "on"] if on_cuda else ["off"])):
-        size = args.batch_size or STAGES[stage]
-        step = make_step(stage, compiled, size, args, proc)
+        common.setup(args.device)  # allows TF32 again, where the stage before did not
+        size, dtype = args.batch_size or STAGES[stage], args.dtype
+        dtype = OWN_DTYPE.get(stage, dtype) if dtype == "auto" else dtype
+        row = {**vars(args), "stage": stage, "batch_size": size, "compile": compiled, "dtype": dtype}
+        step = make_step(stage, SimpleNamespace(**row), proc)
         # A CPU's fused attention is unknown to the counter; the products that it is made of are not.
-        with (sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter,
-              torch.compiler.set_stance("force_eager")):
+        flops = FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH), flops, common.compiled_if(False):
             step()
         if on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         first, times = time_steps(step, args.iters, proc.device)
         del step  # with its networks, before the next are built
-        seconds = times[len(times) // 2] / (SAMPLE_STEPS if stage == "sample" else 1)  # the median
-        tflops = counter.get_total_flops() / times[len(times) // 2] / 1e12
-        row = {"stage": stage, "compile": compiled, "batch_size": size, "first_step_s": round(first, 1),
-               "images_per_s": round(size / seconds, 2), "step_ms": round(1000 * seconds, 2),
-               "tflop_per_s": float(f"{tflops:.4g}"), "mfu_percent": round(100 * tflops / peak, 2),
-               "peak_tflops": float(f"{peak:.4g}"), "device": name, "iters": len(times),
-               "autocast": str(torch.float32 if stage in ("encode", "fid") else dtype), **common.versions()}
+        seconds = times[len(times) // 2]  # the median
+        tflops = flops.get_total_flops() / seconds / 1e12
+        row |= {"first_step_s": round(first, 1), "images_per_s": round(size / seconds, 2),
+                "step_ms": round(1000 * seconds / (SAMPLE_STEPS if stage == "sample" else 1), 2),
+                "tflop_per_s": float(f"{tflops:.4g}"), "mfu_percent": round(100 * tflops / peak, 2),
+                "peak_tflops": float(f"{peak:.4g}"), "device": name, "iters": len(times),
+                "autocast": str(common.resolve_dtype(dtype, proc.device)), **common.versions()}
         if on_cuda:
             row["peak_memory_gib"] = round(common.peak_memory(proc.device) / 2**30, 2)
-        common.print0(json.dumps({**vars(args), **row}))
+        common.print0(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -63,7 +64,7 @@ def setup(device: str = "auto") -> Proc:
     if kind == "cuda":
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
         # An hour: one process may have more to read, or an evaluation to do, while the others wait.
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
@@ -130,8 +131,12 @@ class Behind:
         self.check()
 
     def __exit__(self, kind, *_):
-        with suppress(Exception) if kind else nullcontext():  # an error on its way is the one that counts
+        try:
             self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            print0(f"warning: {error}")  # the error that is on its way counts
 
 
 LOCKS = {}  # the lock files of this process; closing one would give its lock up
@@ -165,9 +170,8 @@ def claim(folder, proc: Proc) -> None:
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
     """Move a network of convolutions to `device`, channels last in memory: so they are fastest."""
-    # MPS has given wrong results with it.
-    layout = torch.preserve_format if device.type == "mps" else torch.channels_last
-    return module.to(device, memory_format=layout)
+    channels_last = device.type != "mps"  # where it has given wrong results
+    return module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def distribute(module: nn.Module, proc: Proc) -> nn.Module:
@@ -451,12 +455,18 @@ def compile_blocks(wanted: str, device: torch.device, *networks) -> None:
         return print0(f"torch.compile: off, runs eagerly: {' '.join(repr(error).split())[:200]}")
     torch._dynamo.config.suppress_errors = True
     # By default 8 variants of the same code: a VAE has a dozen shapes, each once for every precision.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
-    blocks = [module for network in networks if network is not None for module in network.modules()
-              if type(module).__name__ in BLOCKS]
-    for block in blocks:
-        block.compile(dynamic=False)  # code for any shape would be slower
-    print0(f"torch.compile: {len(blocks)} blocks; the first step makes their code")
+    torch._dynamo.config.cache_size_limit = 256
+    torch._dynamo.config.optimize_ddp = False  # it would cut the blocks in pieces, as it must whole networks
+    torch._functorch.config.donated_buffer = False  # --gan-adaptive goes through a graph more than once
+    for module in chain.from_iterable(network.modules() for network in networks if network is not None):
+        if type(module).__name__ in BLOCKS:
+            module.compile(dynamic=False)  # code for any shape would be slower
+    print0("torch.compile: on, block by block; the first step makes the code")
+
+
+def compiled_if(whole: bool):
+    """Return the context of a batch: one that is not whole is no reason to make code anew."""
+    return torch.compiler.set_stance("default" if whole else "force_eager")
 
 
 def adamw(params, lr: float, beta2: float = 0.999, weight_decay: float = 0.0) -> torch.optim.AdamW:
@@ -620,7 +630,7 @@ class Progress:
         self.images_seen = saved["images_seen"] if saved else 0
         self.sums = {}  # {name: (sum, count)} since the last row
         self.bad_streak = self.worst_streak = torch.zeros((), device=proc.device)
-        self.seconds, self.waited, self.last_read, self.shown = 0.0, 0.0, step, {}
+        self.seconds, self.waited, self.last_read, self.shown, self.first = 0.0, 0.0, step, {}, step + 1
         self.stopping = self.signalled = 0  # the number of the signal
         self.next_look, self.looked, self.must_save, self.saved = step, (step, time.monotonic()), False, step
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -663,7 +673,7 @@ class Progress:
     def look(self, function, *args) -> None:
         """Log what an evaluation returns. Training goes on where it fails. After a signal it is left out."""
         try:
-            with torch.compiler.set_stance("force_eager"):  # other shapes: compiling them would take longer
+            with compiled_if(False):
                 self.log({} if self.stopping else function(*args) or {})
         except Exception as error:
             print0(f"warning: step {self.step}: {function.__name__} failed: {str(error)[:300]}")
@@ -678,12 +688,11 @@ class Progress:
         elif number == signal.SIGINT and time.monotonic() > self.signal_time + 2:
             raise KeyboardInterrupt
 
-    def steps(self, loader, accum: int, behind: Behind | None = None):
+    def steps(self, loader, accum: int, behind=Behind()):
         """Yield (step, its micro-batches) until the last step; SystemExit after a signal, once saved.
 
         Raises what `behind`, which writes the checkpoints, has raised.
         """
-        behind = behind or Behind()
         if self.step >= self.num_steps:
             print0(f"nothing left to do at step {self.step} of {self.num_steps}; more: --steps or --epochs")
         batches = iter(loader)
@@ -713,7 +722,7 @@ class Progress:
 
     def should_save(self) -> bool:
         """Whether to save now: every --save-every steps, at the last, before stopping, and at the first one:
-        a save that fails should fail then.
+        a save that fails should fail soon.
 
         While steps are skipped it is put off: weights that make no finite gradient may be spoilt, and would
         push the good ones out. Only a single skipped step at the end is saved: it changed nothing.
@@ -741,7 +750,7 @@ class Progress:
         due = self.must_save or self.due(self.args.log_every) or self.step in self.EARLY
         row = self.read_means() if due and self.sums else None  # this waits for the device
         self.seconds += time.perf_counter() - self.began
-        if self.bar and self.images_seen <= self.args.batch_size:
+        if self.bar and self.step == self.first:
             print0(f"first step: {self.seconds:.1f} s")  # with compiling, where that is on
         if row is not None:
             self.log({**row, **self.read_throughput()})

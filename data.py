@@ -660,9 +660,8 @@ class EvalBatches:
     """
 
     def __init__(self, dataset, indices, batch_size: int, proc=None, group=None):
-        rows = np.arange(len(indices))
-        if proc is not None:
-            rows = np.array_split(rows, proc.world)[proc.rank]
+        rank, world = (proc.rank, proc.world) if proc else (0, 1)
+        rows = np.array_split(np.arange(len(indices)), world)[rank]
         self.dataset, self.indices = dataset, indices
         groups = [rows[i:i + group] for i in range(0, len(rows), group)] if group else [rows]
         self.parts = [part[i:i + batch_size] for part in groups for i in range(0, len(part), batch_size)]

@@ -7,7 +7,8 @@ Writes memory-mapped shards of [mean | std] per image (raw, REPA's layout), labe
 per-channel mean and std of z and the hash of the VAE. Run it again to continue: complete shards are kept,
 damaged ones are made again.
 """
-from itertools import chain
+import math
+from itertools import chain, islice
 
 import torch
 
@@ -50,9 +51,8 @@ def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
     dtype = common.resolve_dtype(args.dtype, proc.device)
-    on_cuda = proc.device.type == "cuda"
     # On a CPU tf32 is fp32, and the latents of both may share a folder.
-    precision = "tf32" if on_cuda and args.dtype == "tf32" else str(dtype)[6:]
+    precision = "tf32" if (args.dtype, proc.device.type) == ("tf32", "cuda") else str(dtype)[6:]
 
     # The VAE, and the images at the size that it was trained on.
     path = checkpoints.resolve(args.vae)
@@ -92,15 +92,15 @@ def main(argv=None):
     batches = iter(data.eval_loader(dataset, args.batch_size, None, args.workers, indices, args.shard_size))
     with common.Behind() as behind:
         for shard in common.progress_bar(missing, proc, "encode, shards"):
-            moments, labels, corrupt, left = [], [], [], len(writer.images_of(shard))
-            while left:
-                batch = next(batches)
-                moments.append(encode_batch(vae, batch["images"].to(proc.device, non_blocking=True), dtype))
+            moments, labels, corrupt = [], [], []
+            for batch in islice(batches, math.ceil(len(writer.images_of(shard)) / args.batch_size)):
+                images = batch["images"].to(proc.device, non_blocking=True)
+                with common.compiled_if(len(images) == args.batch_size):
+                    moments.append(encode_batch(vae, images, dtype))
                 labels.append(batch["labels"])
                 # Another image was read in place of each that is corrupt.
                 corrupt += batch["indices"][batch["index"] != batch["indices"]].tolist()
-                left -= len(batch["labels"])
-            behind(writer.write, shard, torch.cat(moments), torch.cat(labels), corrupt)
+            behind(writer.write, shard, torch.cat(moments).cpu(), torch.cat(labels), corrupt)
 
     common.barrier()
     if proc.main:

@@ -357,7 +357,7 @@ def open_sit(args) -> tuple:
 def main(argv=None):
     args = parse_args(argv)
     proc = common.setup(args.device)
-    # L-BFGS compares losses that TF32 cannot tell apart, and encode.py makes its latents without TF32, too.
+    # L-BFGS compares losses that TF32 cannot tell apart.
     common.forbid_tf32()
     if not proc.main:  # one process does it all
         return None

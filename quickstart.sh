@@ -56,7 +56,7 @@ stage() {
   echo "== $name: $((SECONDS - start)) s" >&3
 }
 
-run="--seed $SEED --device $DEVICE"
+run="--seed $SEED --device $DEVICE --compile off"  # networks so small are done before they are compiled
 vae="--data shapes --vae tiny --rec l2 --lpips 0 --gan 0 --batch-size 32 --lr 5e-3 --beta2 0.99 --warmup 50
   --eval-every 500 --save-every 500"
 sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 1e-2 --beta2 0.99 --warmup 100 --cooldown 2100 --ema 0.99
@@ -71,7 +71,7 @@ arm() {
   stage "$name-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1200 \
     $run --out "$dir/vae"
   stage "$name-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
-  stage "$name-latents" encode.py --data shapes --vae "$dir/vae" --device "$DEVICE" --out "$dir/latents"
+  stage "$name-latents" encode.py --data shapes --vae "$dir/vae" $run --out "$dir/latents"
   stage "$name-sit"     train_sit.py --latents "$dir/latents" $sit $run --out "$dir/sit"
   for cfg in 1 2; do
     stage "$name-sample$cfg" sample.py --ckpt "$dir/sit" --cfg "$cfg" --sampler heun --steps 8 --num "$SAMPLES" \

@@ -190,12 +190,13 @@ def main(argv=None):
     parts = data.Parts(Path(args.out) / "parts", {"num_images": num, "shard_size": args.batch_size})
     missing = common.share_out(parts.begin(settings) if proc.main else [], proc)
 
-    def store(part, z, y):
-        data.save_npz(parts.file_of(part), decode(vae, latents, z, dtype), y.cpu())
-    with common.Behind() as behind:  # a part is decoded and written beside the sampling of the next
+    with common.Behind() as behind:  # a part is written beside the sampling of the next
         for part in common.progress_bar(missing, proc, "sample, batches"):
-            drawn = draw_latents(model, latents, parts.images_of(part), args, proc.device, dtype)
-            behind(store, part, *drawn)
+            indices = parts.images_of(part)
+            with common.compiled_if(len(indices) == args.batch_size):
+                z, y = draw_latents(model, latents, indices, args, proc.device, dtype)
+                images = decode(vae, latents, z, dtype)
+            behind(data.save_npz, parts.file_of(part), images, y.cpu())
 
     common.barrier()
     if proc.main:

@@ -510,7 +510,8 @@ def main(argv=None):
                 common.check_same(nets.send)
                 state = pack(nets, step, args) | {"images_hash": images, "images_seen": progress.images_seen}
                 if proc.main:
-                    # The step waits for a copy, not for the disk.
+                    # The step waits for a copy, not for the disk; there is room for one copy.
+                    behind.wait()
                     behind(checkpoints.save, args.out, step, checkpoints.snapshot(state), args.keep)
     return args.out
 

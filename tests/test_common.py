@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-import time
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,11 +105,11 @@ def test_the_average_warms_up_and_copies_what_is_not_trained():
     assert ema.state["bias"].tolist() == 3 * [7]
 
 
-def test_what_runs_behind_comes_in_order_and_its_errors_are_raised():
-    order = []
+def test_what_runs_behind_comes_in_order_and_its_errors_are_raised(capsys):
+    order, seen = [], threading.Event()
 
     def note(number, error=None):
-        time.sleep(0.05)
+        assert number != 2 or seen.wait(20)
         order.append(number)
         if error:
             raise error
@@ -117,13 +117,27 @@ def test_what_runs_behind_comes_in_order_and_its_errors_are_raised():
         for number in range(3):
             behind(note, number)
         assert order == [0, 1]
+        seen.set()
     assert order == [0, 1, 2]
     with pytest.raises(OSError, match="full"), common.Behind() as behind:
         behind(note, 3, OSError("full"))
     with pytest.raises(KeyError, match="first"), common.Behind() as behind:  # the error on its way
         behind(note, 4, OSError("full"))
         raise KeyError("first")
-    assert order == [0, 1, 2, 3, 4]
+    assert order == [0, 1, 2, 3, 4] and "warning: full" in capsys.readouterr().out
+
+
+def test_fp32_is_exact_and_tf32_is_not():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for name, wanted in (("tf32", ("high", True)), ("fp32", ("highest", False))):
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+            common.resolve_dtype(name, torch.device("cpu"))
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == wanted
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_without_a_compiler_compile_says_so_and_runs_eagerly(monkeypatch, capsys):

@@ -8,7 +8,6 @@
     encode    encode.encode_batch at encode.py's own precision, TF32, unless --dtype says another; 64 images
     sit       train_sit.train_step with --repa and the EMA; 256 images in micro-batches of 128
     sample    10 steps of sample.py's SDE with guidance 2.5 in [0, .75]; step_ms is one; 64 images
-    decode    sample.decode: latents to pixels; 64 images
     fid       Inception at 299 px whatever the image size, fp32; 64 images
 
 Weights and inputs are random, which makes no step slower or faster. The images are on the device already:
@@ -34,7 +33,7 @@ import train_vae
 from sit import SIT_SIZES, SiT, SiTConfig
 from vae import VAE, VAE_SIZES
 
-STAGES = {"vae": 32, "encode": 64, "sit": 256, "sample": 64, "decode": 64, "fid": 64}  # images a step
+STAGES = {"vae": 32, "encode": 64, "sit": 256, "sample": 64, "fid": 64}  # images a step
 OWN_DTYPE = {"encode": "tf32", "fid": "fp32"}  # of --dtype auto
 SAMPLE_STEPS = 10
 # Dense bf16 (V100: fp16), from the data sheets.
@@ -49,9 +48,9 @@ def parse_args(argv=None):
     add("--model", default="XL/1", choices=tuple(SIT_SIZES), help="SiT")
     add("--teacher", default="vit_base_patch14_dinov2.lvd142m", help="timm model, or 'shapes'")
     add("--image-size", type=common.positive, default=256, help="pixels; below 64 LPIPS and GAN are off")
-    add("--batch-size", type=common.positive, help="images per step on this device; default: as above")
+    add("--batch-size", type=common.positive, help="images per step on this device; None: as above")
     add("--micro-batch-size", type=common.positive, default=128, help="most images of sit in one forward")
-    add("--compile", nargs="+", choices=("off", "on"), help="one line for each; default: both on CUDA")
+    add("--compile", nargs="+", choices=("off", "on"), help="a line for each; None: off, on CUDA both")
     add("--iters", type=common.positive, default=10, help="timed steps; fewer if they take over 10 s")
     common.add_run_flags(parser)
     return parser.parse_args(argv)
@@ -92,13 +91,11 @@ def make_step(stage: str, args, proc):
         common.compile_blocks(args.compile, device, vae.encoder)
         return lambda: encode.encode_batch(vae, images, dtype)
 
-    if stage in ("sample", "decode"):
+    if stage == "sample":
         run = sample.parse_args(f"--steps {SAMPLE_STEPS} --cfg 2.5 --cfg-interval 0 .75 "
                                 f"--compile {args.compile}".split())
         model = SiT(SiTConfig(input_size=side, in_channels=channels, **SIT_SIZES[args.model])).eval()
         sample.prepare(model, vae, run, device, dtype)
-        if stage == "decode":
-            return lambda: sample.decode(vae, facts, batch["moments"][:, :channels], dtype)
         return lambda: sample.draw_latents(model, facts, range(size), run, device, dtype)
 
     net = inception.fuse(inception.FIDInception().eval().requires_grad_(False)).to(device)

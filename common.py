@@ -265,8 +265,7 @@ def add_run_flags(parser, out: str | None = None) -> None:
     """Add the flags that every script has: device, precision, seed, and where to write."""
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
-    add("--dtype", default="auto", choices=tuple(DTYPES), 
-        help="autocast: bf16, else fp16 on CUDA, or fp32; tf32: fp32 whose products CUDA may round to TF32")
+    add("--dtype", default="auto", choices=tuple(DTYPES),  help="autocast: bf16, else fp16 on CUDA, or fp32")
     add("--seed", type=int, default=0, help="seed of all randomness")
     if out is not None:
         add("--out", default=out, help="output folder")
@@ -295,8 +294,7 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
 
 def add_compile_flag(parser) -> None:
     """Add --compile to a command whose networks may be compiled."""
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"),
-                        help="torch.compile the blocks of the networks; auto: on CUDA")
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on CUDA")
 
 
 def natural(text: str, least: int = 0) -> int:
@@ -469,9 +467,9 @@ def compiled_if(whole: bool):
     return torch.compiler.set_stance("default" if whole else "force_eager")
 
 
-def adamw(params, lr: float, beta2: float = 0.999, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def adamw(module: nn.Module, lr: float, beta2: float = 0.999, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW in one fused kernel: faster, and it can skip a step on the device (see `optimizer_step`)."""
-    trained = [p for p in params if p.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
 
 

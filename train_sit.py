@@ -230,10 +230,12 @@ def build(args, latents, proc) -> Networks:
     nets.model.grad_checkpointing = args.checkpointing
     nets.model.train().to(device)
     nets.ema = common.EMA(nets.model, args.ema)
-    common.compile_blocks(args.compile, device, nets.model, nets.teacher)
+    common.compile_blocks(
+        args.compile, device,
+        nets.model, nets.teacher)
 
     # The positions are not trained: they are a parameter only because published files have them as one.
-    nets.opt = common.adamw(nets.model.parameters(), args.lr, args.beta2)
+    nets.opt = common.adamw(nets.model, args.lr, args.beta2)
     nets.model_ddp = common.distribute(nets.model, proc)
     if dtype == torch.float16:
         nets.scaler = torch.amp.GradScaler(device.type)

@@ -277,13 +277,15 @@ def build(args, proc, saved=None) -> Networks:
         # cuDNN's bf16 convolutions want NHWC. Teacher and mapper are transformers.
         if proc.device.type == "cuda" and module is not None:
             module.to(memory_format=torch.channels_last)
-    common.compile_blocks(args.compile, proc.device, nets.send, nets.teacher, nets.lpips)
+    common.compile_blocks(
+        args.compile, proc.device,
+        nets.send, nets.teacher, nets.lpips)
 
     nets.send_ddp = common.distribute(nets.send, proc)
-    nets.opt = common.adamw(nets.send.parameters(), args.lr, args.beta2)
+    nets.opt = common.adamw(nets.send, args.lr, args.beta2)
     if nets.disc is not None:
         nets.disc_ddp = common.distribute(nets.disc, proc)
-        nets.opt_disc = common.adamw(nets.disc.parameters(), args.disc_lr, args.beta2)
+        nets.opt_disc = common.adamw(nets.disc, args.disc_lr, args.beta2)
     if nets.dtype == torch.float16:
         # One an optimizer: a step of one may overflow where the other's does not.
         nets.scaler = GradScaler(proc.device.type)

@@ -64,7 +64,7 @@ def in_chunks(function, images: np.ndarray, device) -> Tensor:
 def training_steps(net, steps, device):
     """Yield (step, losses): the caller fills the dict, whose sum then takes `net` one step down."""
     net.to(device, memory_format=torch.channels_last).train()
-    optimizer = common.adamw(net.parameters(), LR, weight_decay=0.05)
+    optimizer = common.adamw(net, LR, weight_decay=0.05)
     for step in range(steps):
         losses = {}
         yield step, losses

@@ -81,7 +81,7 @@ def test_the_optimizer_state_takes_the_layout_of_the_parameters(saved_as):
     torch.manual_seed(0)
     first, second = (torch.nn.Conv2d(4, 6, 3) for _ in range(2))
     first, x = first.to(memory_format=saved_as), torch.randn(2, 4, 8, 8)
-    one, two = (common.adamw(layer.parameters(), 0.1) for layer in (first, second))
+    one, two = (common.adamw(layer, 0.1) for layer in (first, second))
     first(x).square().mean().backward()
     one.step()
     second.load_state_dict(first.state_dict())

@@ -40,7 +40,7 @@ PROGRAMS = {
     "common": ("""
         layer = torch.nn.Linear(1, 1, bias=False)
         (3 * layer.weight).sum().backward()
-        print(*(x.item() for x in optimizer_step(adamw(layer.parameters(), 0.1), 0.1, 1.0)))
+        print(*(x.item() for x in optimizer_step(adamw(layer, 0.1), 0.1, 1.0)))
         """, "3.0 False")}
 
 

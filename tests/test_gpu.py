@@ -244,7 +244,8 @@ def test_a_training_step_never_waits_for_the_device(script, device, trained, tmp
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
         progress.must_save = False
-    assert progress.step == 4 and [row["skipped_steps"] for row in log_of(tmp_path, "skipped_steps")] == [0, 0]
+    assert progress.step == 4
+    assert [row["skipped_steps"] for row in log_of(tmp_path, "skipped_steps")] == [0, 0]
 
 
 def test_a_read_in_the_step_would_be_seen():

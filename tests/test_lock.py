@@ -1,7 +1,7 @@
 """Locks what every command computes: training, latents, samples, distances, probes.
 
-Recorded at 7e84d6d, and once more at 857f6a1 when "tiny" and "tiny/1" became smaller: with their old sizes the
-code of 857f6a1 gives all numbers of 7e84d6d.
+Recorded at 7e84d6d, and once more at 857f6a1, when "tiny" and "tiny/1" became smaller: with their old sizes
+the code of 857f6a1 gives all numbers of 7e84d6d.
 
     python -m pytest tests/test_lock.py        half a minute on 2 cores
     python tests/test_lock.py                  records again, into lock.json: only where a change is wanted

@@ -265,7 +265,7 @@ def add_run_flags(parser, out: str | None = None) -> None:
     """Add the flags that every script has: device, precision, seed, and where to write."""
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
-    add("--dtype", default="auto", choices=tuple(DTYPES),  help="autocast: bf16, else fp16 on CUDA, or fp32")
+    add("--dtype", default="auto", choices=tuple(DTYPES), help="autocast: bf16, else fp16 on CUDA, or fp32")
     add("--seed", type=int, default=0, help="seed of all randomness")
     if out is not None:
         add("--out", default=out, help="output folder")

@@ -127,7 +127,7 @@ class MapperConfig:
     projector_dim: int = 2048
     noise: bool = True         # Table 3 of the paper
     norm: bool = True          # BatchNorm before the noise, as REPA-E; False: eq. 1 to the letter, on raw z
-    kind: str = "vit"          # "linear": one patch-sized convolution of the raw latent, no noise (as VA-VAE)
+    kind: str = "vit"          # "linear": one patch-sized convolution (VA-VAE's has neither norm nor noise)
 
     @property
     def width(self) -> int:
@@ -141,15 +141,15 @@ class Mapper(nn.Module):
     def __init__(self, config: MapperConfig):
         super().__init__()
         self.config, dim = config, config.width
+        # With the norm, the noise level of eq. 1 means the same for every VAE, and the encoder cannot grow z
+        # against the noise. eps and momentum are REPA-E's.
+        if config.norm:
+            self.bn = nn.BatchNorm2d(config.z_channels, eps=1e-4, momentum=0.1, affine=False)
         if config.kind == "linear":
             p = config.patch_size
             self.proj = nn.Conv2d(config.z_channels, config.out_dim, p, stride=p, bias=False)
             return
         from timm.models.vision_transformer import Block, PatchEmbed  # here: timm takes seconds to import
-        # With the norm, the noise level of eq. 1 means the same for every VAE, and the encoder cannot grow z
-        # against the noise. eps and momentum are REPA-E's.
-        if config.norm:
-            self.bn = nn.BatchNorm2d(config.z_channels, eps=1e-4, momentum=0.1, affine=False)
         self.x_embedder = PatchEmbed(None, config.patch_size, config.z_channels, dim)
         self.register_buffer("pos_embed", sincos_positions(dim, config.grid))
         self.blocks = nn.ModuleList(
@@ -166,8 +166,6 @@ class Mapper(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
         """z (B, C, h, w) raw latent; t (B,) noise time in [0, 1] and eps like z, drawn here if not given."""
-        if self.config.kind == "linear":
-            return self.proj(z).flatten(2).transpose(1, 2)  # (B, N, D)
         z_t = z.float()
         if self.config.norm:
             z_t = self.bn(z_t)
@@ -176,6 +174,8 @@ class Mapper(nn.Module):
             eps = torch.randn_like(z_t) if eps is None else eps
             t = t.view(-1, 1, 1, 1)
             z_t = (1 - t) * z_t + t * eps  # eq. 1
+        if self.config.kind == "linear":
+            return self.proj(z_t).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = self.x_embedder(z_t) + self.pos_embed  # (B, N, width)
         for block in self.blocks:
             tokens = block(tokens)

@@ -4,14 +4,25 @@
 # fine-tune). For both: latents, a SiT, samples, Frechet distance, probe. In the end: a report.
 #   ./quickstart.sh                          # writes out/quickstart/; the same command continues after a stop
 #   SEED=1 ./quickstart.sh out/quickstart1   # another seed, into another folder
+#   ./quickstart.sh long                     # writes out/long/: larger networks, more steps, better pictures
 set -euo pipefail
 cd "$(dirname "$0")"
-refuse() { echo "error: $1; usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] ./quickstart.sh [DIR]" >&2; exit 2; }
+refuse() { echo "error: $1; usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] ./quickstart.sh [long] [DIR]" >&2; exit 2; }
+recipe=short
+if [ "${1:-}" = long ]; then recipe=long; shift; fi
 case "${1:-}" in -*) refuse "$1 is no folder";; esac
 [ $# -le 1 ] || refuse "$# arguments, want one folder"
-OUT="${1:-out/quickstart}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
-PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-1500}" SIT_STEPS="${SIT_STEPS:-3000}"
-SAMPLES="${SAMPLES:-1000}"
+SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}" SAMPLES="${SAMPLES:-1000}"
+batch=32 compile=off  # networks so small are done before they are compiled
+if [ $recipe = short ]; then  # a quarter of an hour on two CPU cores
+  OUT="${1:-out/quickstart}"
+  PRETRAIN_STEPS="${PRETRAIN_STEPS:-600}" VAE_STEPS="${VAE_STEPS:-1500}" SIT_STEPS="${SIT_STEPS:-3000}"
+  vae="--vae tiny --lr 5e-3" sit="--model tiny/1 --lr 1e-2"
+else  # two to three hours there; latents of 8 x 8
+  OUT="${1:-out/long}"
+  PRETRAIN_STEPS="${PRETRAIN_STEPS:-1500}" VAE_STEPS="${VAE_STEPS:-6000}" SIT_STEPS="${SIT_STEPS:-16000}"
+  vae="--vae small --lr 4e-3" sit="--model small/2 --lr 5e-3"
+fi
 for name in SEED PRETRAIN_STEPS VAE_STEPS SIT_STEPS SAMPLES; do  # before anything is written or installed
   case "$name ${!name}" in
     *" "|*" "*[!0-9]*|*" "??????????*) refuse "$name=${!name}, want a whole number below 1,000,000,000";;
@@ -38,6 +49,10 @@ else
   echo "installing requirements.txt into .venv (about a minute the first time, then nothing is left to do)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
+if [ $recipe = long ] && [ "$DEVICE" != cpu ] && [ "$DEVICE" != mps ] &&
+   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  batch=256 compile=auto sit="--model S/2 --lr 1e-3"  # a GPU has room for more; about ten minutes of an H100
+fi
 mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "$OUT is no folder that can be written"
 settings="SEED=$SEED PRETRAIN_STEPS=$PRETRAIN_STEPS VAE_STEPS=$VAE_STEPS SIT_STEPS=$SIT_STEPS SAMPLES=$SAMPLES"
 if [ -f "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$settings" ]; then
@@ -58,11 +73,11 @@ stage() {
   echo "== $name: $((SECONDS - start)) s" >&3
 }
 
-run="--seed $SEED --device $DEVICE --compile off"  # networks so small are done before they are compiled
-vae="--data shapes --vae tiny --rec l2 --lpips 0 --gan 0 --batch-size 32 --lr 5e-3 --beta2 0.99 --warmup 50
-  --eval-every 500 --save-every 500"
-sit="--model tiny/1 --batch-size 32 --steps $SIT_STEPS --lr 1e-2 --beta2 0.99 --warmup 100 --cooldown 2100 --ema 0.99
-  --t-sampling lognormal --sample-every 0 --save-every 1000 --workers 0"
+run="--seed $SEED --device $DEVICE --compile $compile"
+vae="$vae --data shapes --rec l2 --lpips 0 --gan 0 --batch-size $batch --beta2 0.99 --warmup 50 --eval-every 500
+  --save-every 500"
+sit="$sit --batch-size $batch --steps $SIT_STEPS --beta2 0.99 --warmup 100 --cooldown $((SIT_STEPS * 7 / 10))
+  --ema 0.99 --t-sampling lognormal --sample-every 0 --save-every 1000 --workers 0"
 
 # arm plain|send: everything that is done with one of the two VAEs.
 arm() {
@@ -70,8 +85,8 @@ arm() {
   local cfg name="$1" dir="$OUT/$1" align="--align 0"
   # Noise before the mapper costs more than it gives at this scale (docs/results.md). train_vae.py's default: on.
   if [ "$name" = send ]; then align="--align 0.2 --teacher shapes --projector-dim 256 --mapper-noise off"; fi
-  stage "$name-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" --cooldown 1200 \
-    $run --out "$dir/vae"
+  stage "$name-vae"     train_vae.py $vae --init "$OUT/pretrained" $align --steps "$VAE_STEPS" \
+    --cooldown $((VAE_STEPS * 8 / 10)) $run --out "$dir/vae"
   stage "$name-rfid"    fid.py rfid shapes --vae "$dir/vae" --features shapes --device "$DEVICE" --out "$dir/rfid.json"
   stage "$name-latents" encode.py --data shapes --vae "$dir/vae" $run --out "$dir/latents"
   stage "$name-sit"     train_sit.py --latents "$dir/latents" $sit $run --out "$dir/sit"

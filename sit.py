@@ -111,7 +111,9 @@ class SiTConfig:
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 SIT_SIZES = {f"{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
              for name, (width, depth, heads) in _WIDTHS.items() for patch in (1, 2, 4, 8)}
-SIT_SIZES["tiny/1"] = dict(hidden_size=128, depth=4, num_heads=4, patch_size=1)  # for the embedded data set
+# for the embedded data set: latents of 4 x 4, and of 8 x 8
+SIT_SIZES["tiny/1"] = dict(hidden_size=128, depth=4, num_heads=4, patch_size=1)
+SIT_SIZES["small/2"] = dict(hidden_size=192, depth=6, num_heads=6, patch_size=2)
 
 
 class TimestepEmbedder(nn.Module):

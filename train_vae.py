@@ -27,7 +27,7 @@ from vae import VAE, VAE_SIZES
 
 PUBLISHED_INIT = "hf://hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-f16d32-dinov2.pt"
 # The mapper has as many tokens as the teacher: 16 x 16 at 256 px.
-MAPPER_PATCH = {"f16d32": 1, "f8d4": 2, "tiny": 1}
+MAPPER_PATCH = {"f16d32": 1, "f8d4": 2, "tiny": 1, "small": 2}
 EVAL_IMAGES = 64  # reconstructed for PSNR while training
 NO_HUB = """Without a hub, what would come from there needs a local file, or goes: --init FILE or none; \
 --teacher-weights FILE, or --teacher shapes --vae tiny --image-size 32; --lpips-weights FILE or --lpips 0"""
@@ -200,15 +200,17 @@ def parse_args(argv=None):
         help="timm model, or 'shapes'")
     add("--teacher-weights", default=None, help="local file instead of the hub")
     add("--mapper", default="vit", choices=("vit", "linear"),
-        help="linear: one convolution, no noise (as VA-VAE)")
+        help="linear: one convolution (as VA-VAE)")
     add("--mapper-depth", type=natural, default=1,  # the paper, Table 2
         help="ViT blocks; 0 = patch embedding and MLP only")
     add("--projector-dim", type=positive, default=2048,  # as REPA's projector
         help="hidden width of the mapper's MLP")
-    add("--mapper-noise", default="on", choices=("on", "off"),  # the paper, Table 3
-        help="noise the latent before the mapper")
-    add("--mapper-norm", default="on", choices=("on", "off"),  # not in the paper; REPA-E has it
-        help="BatchNorm of the latent before noise and (vit) mapper, as REPA-E; off: eq. 1 on the raw latent")
+    # The paper, Table 3. VA-VAE has neither of the two.
+    add("--mapper-noise", choices=("on", "off"),
+        help="noise the latent before the mapper; default: on, of a linear one off")
+    add("--mapper-norm", choices=("on", "off"),  # not in the paper; REPA-E has it
+        help="BatchNorm of the latent before noise and mapper, as REPA-E; off: eq. 1 on the raw latent; "
+             "default: on, of a linear one off")
     add = parser.add_argument_group("loss (weights; 0 = off)").add_argument
     add("--align", type=float, default=1.0,  # the paper; REPA-E has 1.5
         help="alignment, mean(1 - cos); 0: a plain KL-VAE")
@@ -247,6 +249,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.image_size = args.image_size or data.default_size(args.data)
     args.bn_group = min(args.bn_group, args.batch_size)  # a smaller batch is one group
+    for flag in ("mapper_noise", "mapper_norm"):
+        setattr(args, flag, getattr(args, flag) or ("on" if args.mapper == "vit" else "off"))
     return args
 
 
@@ -351,7 +355,7 @@ def build_disc(args, saved):
 
 def norm_group(args) -> int:
     """Return how many images share the statistics of a BatchNorm; 1 if nothing that is trained has one."""
-    mapper_norm = args.align > 0 and args.mapper == "vit" and args.mapper_norm == "on"
+    mapper_norm = args.align > 0 and args.mapper_norm == "on"
     return args.bn_group if args.gan > 0 or mapper_norm else 1
 
 

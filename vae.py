@@ -4,8 +4,8 @@
     posterior = vae.encode(x)                    # x in [-1, 1]; Posterior(mean, logvar), (B, C, h, w) fp32
     x_hat = vae.decode(posterior.sample())       # about [-1, 1], not clamped
 
-Sizes: f16d32 (VA-VAE, IN-VAE, E2E-VAE, Send-VAE), f8d4 (SD-VAE), tiny (the embedded set). Module names are
-those of the published files. Latents are raw here; data.py normalises them.
+Sizes: f16d32 (VA-VAE, IN-VAE, E2E-VAE, Send-VAE), f8d4 (SD-VAE), tiny and small (the embedded set). Module
+names are those of the published files. Latents are raw here; data.py normalises them.
 Read: ResnetBlock, AttnBlock -> Encoder, Decoder -> VAE.
 Letters: B batch, C latent channels, H W image pixels, h w latent pixels.
 """
@@ -46,6 +46,8 @@ VAE_SIZES = {
     "f8d4": VAEConfig(ch_mult=(1, 2, 4, 4), z_channels=4),
     "tiny": VAEConfig(ch=96, ch_mult=(1,), num_res_blocks=0, attn_resolutions=(), resolution=32,
                       z_channels=28, stem=8),
+    "small": VAEConfig(ch=96, ch_mult=(1,), num_res_blocks=0, attn_resolutions=(), resolution=32,
+                       z_channels=8, stem=4),
 }
 
 

@@ -122,8 +122,10 @@ def test_the_mapper_reads_the_noised_normalised_latent():
     torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=1e-4)
     gradients = [torch.autograd.grad(out.square().sum(), z, retain_graph=True)[0] for out in (ours, by_hand)]
     torch.testing.assert_close(*gradients, atol=1e-4 * float(gradients[0].abs().max()), rtol=0)
-    linear = small_mapper(kind="linear", patch_size=2)  # 4 x 4 tokens, row by row
-    torch.testing.assert_close(linear(z)[:, 7], linear.proj(z[..., 2:4, 6:8]).flatten(1))
+    linear = small_mapper(kind="linear", patch_size=2).train()  # 4 x 4 tokens, row by row
+    torch.testing.assert_close(linear(z, t, eps)[:, 7], linear.proj(z_t[..., 2:4, 6:8]).flatten(1))
+    raw = small_mapper(kind="linear", patch_size=2, norm=False, noise=False)  # VA-VAE's
+    assert torch.equal(raw(z)[:, 7], raw.proj(z[..., 2:4, 6:8]).flatten(1)) and not list(raw.buffers())
     torch.testing.assert_close(sincos_positions(128, 8), sincos_pos_embed(128, 8, 8), atol=0, rtol=0)
 
 

@@ -27,26 +27,32 @@ from shapes import report
 
 # quickstart.sh
 
-def quickstart(tmp_path, script, **env):
-    """Start quickstart.sh with a shell script in place of python."""
+def quickstart(tmp_path, script, *recipe, **env):
+    """Start quickstart.sh with a shell script in place of python. recipe: "long", or nothing."""
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    return subprocess.Popen(["bash", str(ROOT / "quickstart.sh"), str(tmp_path / "out")], text=True,
+    return subprocess.Popen(["bash", str(ROOT / "quickstart.sh"), *recipe, str(tmp_path / "out")], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                             env={"PYTHON": str(python), "PATH": "/usr/bin:/bin", **env},
                             # bash cannot trap a signal that the shell above has set to be ignored
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def test_commands_parse_and_go_to_the_folder_that_was_named(tmp_path):
-    run = quickstart(tmp_path, 'echo "run $@"')
+@pytest.mark.parametrize("recipe, device, size, model, batch", [
+    ([], "auto", "tiny", "tiny/1", 32), (["long"], "cpu", "small", "small/2", 32),
+    (["long"], "auto", "small", "S/2", 256)])  # the stand-in for python says that there is a GPU
+def test_commands_parse_and_go_to_the_folder_that_was_named(tmp_path, recipe, device, size, model, batch):
+    run = quickstart(tmp_path, 'echo "run $@"', *recipe, DEVICE=device)
     shown = run.communicate()[0] + (tmp_path / "out" / "plain.log").read_text()
     commands = re.findall(r"^run (?:(\w+)\.py|-m (shapes\.\w+)) (.*)", shown, re.M)
     assert run.returncode == 0 and len(commands) == 17
     for script, module, arguments in commands:
         assert str(tmp_path / "out") in arguments
-        importlib.import_module(script or module).parse_args(shlex.split(arguments))
+        parsed = importlib.import_module(script or module).parse_args(shlex.split(arguments))
+        if script.startswith("train"):
+            assert parsed.batch_size == batch and parsed.cooldown < parsed.steps
+            assert size == parsed.vae if script == "train_vae" else model == parsed.model
 
 
 def test_a_second_run_does_only_what_is_left_and_refuses_other_settings_and_an_old_python(tmp_path):

@@ -41,7 +41,7 @@ def quickstart(tmp_path, script, *recipe, **env):
 
 @pytest.mark.parametrize("recipe, device, size, model, batch", [
     ([], "auto", "tiny", "tiny/1", 32), (["long"], "cpu", "small", "small/2", 32),
-    (["long"], "auto", "small", "S/2", 256)])  # the stand-in for python says that there is a GPU
+    (["long"], "cuda", "small", "S/2", 256)])
 def test_commands_parse_and_go_to_the_folder_that_was_named(tmp_path, recipe, device, size, model, batch):
     run = quickstart(tmp_path, 'echo "run $@"', *recipe, DEVICE=device)
     shown = run.communicate()[0] + (tmp_path / "out" / "plain.log").read_text()

@@ -1,0 +1,265 @@
+"""The paper's claims on your machine: a VAE, fine-tuned in many ways; a SiT on each; equal measures for all.
+
+    python study.py                                       # the embedded set; 2 CPU cores: about three hours
+    python study.py --jobs 8                              # one GPU: so many runs share it
+    python study.py --data data/clipart --out out/clipart # a folder with train/, val/, train/attributes.csv
+    python study.py --settings plain depth1+noise --seeds 10 11 12 13
+
+Settings: plain (no alignment); the mapper is linear, or non-linear with 0, 1 or 2 ViT blocks; +noise: it sees
+the latent noised as in flow matching; @W: alignment weight W for the default one. Every setting has the same
+steps, teacher, judge and seeds, and starts from the same pretrained VAE of its seed. Every run is made by the
+project's own commands. The same command goes on after a stop; finished runs are not made again.
+
+Writes results.csv (a row per run and per place in the SiT's training) and tables.md. plot.py draws the csv.
+Read: SETTINGS -> stages -> run -> row_of -> tables.
+"""
+import argparse
+import csv
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+HERE, PYTHON = Path(__file__).parent, [sys.executable]  # where and by what commands are run
+WEIGHT = 0.2  # of the alignment, by default
+MAPPERS = {"linear": "--mapper linear", **{f"depth{n}": f"--mapper-depth {n}" for n in (0, 1, 2)}}
+# The linear mapper has a norm here, too, so that the noise means the same for all.
+SETTINGS = {"plain": "--align 0"} | {
+    f"{name}{noise}{weight}":
+        f"{flags} --mapper-norm on --mapper-noise {'on' if noise else 'off'} --align {weight[1:] or WEIGHT}"
+    for name, flags in MAPPERS.items() for noise in ("", "+noise")
+    for weight in (("", "@0.05", "@0.8") if name == "depth1" else ("",))}
+# The recipe of quickstart.sh, with fewer steps.
+VAE = """--image-size 32 --vae tiny --rec l2 --lpips 0 --gan 0 --teacher shapes --projector-dim 256
+ --workers 1 --batch-size 32 --lr 5e-3 --beta2 0.99 --warmup 50 --eval-every 0 --save-every 200"""
+SIT = """--model tiny/1 --batch-size 32 --lr 1e-2 --beta2 0.99 --warmup 100 --ema 0.99 --t-sampling lognormal
+ --sample-every 0 --keep 9 --workers 0"""
+PLACES = 4  # of the SiT's training at which samples are measured, equally far apart
+# column in results.csv, of the latent -> (part of what probe.py and fid.py wrote, key in it)
+MEASURES = {
+    "f1_flat": ("flat", "macro_f1"), "f1_pooled": ("pooled", "macro_f1"),
+    "class_flat": ("flat", "class_accuracy"), "class_pooled": ("pooled", "class_accuracy"),
+    **{name: ("latent", name) for name in ("effective_rank", "density_gini", "gmm_nll")},
+    "psnr_db": ("rfid", "psnr_db"), "reconstruction_fd": ("rfid", "fd")}
+OUTCOMES = ("fd", "class_accuracy")  # of samples
+running, stopping = set(), threading.Event()  # processes; whether no new one may begin
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="shapes", help="'shapes', or a folder with train/, val/ and train/attributes.csv")
+    add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME",
+        help="those to run")
+    # 0 to 2 are those on which the recipe was tuned
+    add("--seeds", nargs="+", type=int, default=[10, 11, 12], metavar="SEED", help="of all that is random")
+    add("--pretrain-steps", type=int, default=400, help="of the VAE that all settings of a seed start from")
+    add("--vae-steps", type=int, default=800, help="of each fine-tune")
+    add("--sit-steps", type=int, default=2000, help=f"of each SiT; a multiple of {PLACES}")
+    add("--samples", type=int, default=500, help="drawn at each place")
+    add("--jobs", type=int, default=min(os.cpu_count(), 8), help="runs side by side, a thread each")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
+    add("--out", default="out/study", help="folder of all runs and of the results")
+    args = parser.parse_args(argv)
+    if min(args.pretrain_steps, args.vae_steps, args.samples, args.jobs) < 1 or args.sit_steps % PLACES:
+        parser.error(f"steps, --samples and --jobs are 1 or more, --sit-steps a multiple of {PLACES}")
+    return args
+
+
+# the commands of a run
+
+def stages(setting, seed, out, args) -> dict:
+    """Return {stage: command} of a run in the folder `out`, in order. Setting None: of the pretraining."""
+    out, start = shlex.quote(str(out)), shlex.quote(str(out.parent / f"pretrained-{seed}"))
+    train = held_out = "shapes"
+    if args.data != "shapes":
+        train, held_out = (shlex.quote(f"{Path(args.data).resolve()}/{split}") for split in ("train", "val"))
+    run, judge = f"--seed {seed} --device {args.device}", f"--features shapes --device {args.device}"
+    vae = f"train_vae.py {VAE} --data {train} {run} --compile off"
+    if setting is None:
+        return {"vae": f"{vae} --init none --align 0 --steps {args.pretrain_steps} --out {out}"}
+    every = args.sit_steps // PLACES
+    drawn = [*((1, every * (i + 1)) for i in range(PLACES)), (2, args.sit_steps)]  # guidance, step
+    sets = " ".join(f"{out}/cfg{cfg}-{step}/samples.npz" for cfg, step in drawn)
+    return {
+        "vae": f"{vae} --init {start} {SETTINGS[setting]} --steps {args.vae_steps} "
+               f"--cooldown {args.vae_steps * 4 // 5} --out {out}/vae",
+        "rfid": f"fid.py rfid {held_out} --vae {out}/vae {judge} --out {out}/rfid.json",
+        "probe": f"probe.py --data {train} --vae {out}/vae {run} --out {out}/probe.json",
+        "encode": f"encode.py --data {train} --vae {out}/vae {run} --compile off --out {out}/latents",
+        "sit": f"train_sit.py --latents {out}/latents {SIT} --steps {args.sit_steps} --cooldown "
+               f"{args.sit_steps * 7 // 10} --save-every {every} {run} --compile off --out {out}/sit",
+        **{f"sample {cfg} {step}":
+           f"sample.py --ckpt {out}/sit/ckpt_{step:07}.pt --vae {out}/vae --cfg {cfg} --sampler heun "
+           f"--steps 8 --num {args.samples} --batch-size 100 --npz {run} --compile off "
+           f"--out {out}/cfg{cfg}-{step}"
+           for cfg, step in drawn},
+        "fid": f"fid.py gfid {held_out} {sets} {judge} --out {out}/gfid.json"}
+
+
+class Stopped(RuntimeError):
+    """A command failed or was stopped; its words are the message."""
+
+
+def make(folder: Path, commands: dict, advance) -> None:
+    """Run the commands that folder/done.json does not have; it gets {command: seconds}. Raises Stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "done.json"
+    done = json.loads(record.read_text()) if record.exists() else {}
+    for stage, command in commands.items():
+        if command not in done:
+            start = time.time()
+            # a session of its own: a Ctrl-C comes to this process alone, which ends the others once
+            with open(folder / "log.txt", "ab") as log, subprocess.Popen(
+                    [*PYTHON, *shlex.split(command)], cwd=HERE, stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=subprocess.STDOUT, start_new_session=True) as process:
+                running.add(process)
+                if stopping.is_set():  # meanwhile
+                    process.terminate()
+                process.wait()
+                running.discard(process)
+            if process.returncode:
+                last = (folder / "log.txt").read_text(errors="replace").strip().split("\n")[-1][-300:]
+                raise Stopped(f"{folder.name}, {stage}: exit code {process.returncode}; {last}; all of it: "
+                              f"{folder}/log.txt")
+            done[command] = time.time() - start
+            record.with_suffix(".part").write_text(json.dumps(done, indent=1))
+            record.with_suffix(".part").replace(record)  # whole or not at all
+        advance(f"{folder.name} {stage}")
+
+
+# the results
+
+def row_of(folder: Path, setting, seed, args) -> list[dict]:
+    """Return the rows of a finished run: one for each place in the SiT's training, one more with guidance."""
+    done, rfid, probe, gfid = (json.loads((folder / f"{name}.json").read_text())
+                               for name in ("done", "rfid", "probe", "gfid"))
+    parts = {"rfid": rfid, **probe["vaes"][0]}
+    common = {"data": args.data, "setting": setting, "seed": seed, "vae_steps": args.vae_steps,
+              "seconds": round(sum(done.values())), "commit": rfid["versions"]["commit"]}
+    # a folder without classes has no class accuracy
+    common |= {name: parts[part].get(key, "") for name, (part, key) in MEASURES.items()}
+    rows = []
+    for path, numbers in gfid["sets"].items():
+        cfg, step = Path(path).parent.name.removeprefix("cfg").split("-")
+        rows.append(common | {"guidance": int(cfg), "sit_steps": int(step), "samples": numbers["n"],
+                              **{name: numbers.get(name, "") for name in OUTCOMES}})
+    return rows
+
+
+def spread(values: list) -> str:
+    """Return mean and standard deviation in words; "" of nothing."""
+    around = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{around}" if values else ""
+
+
+def correlation(x, y) -> str:
+    """Return Pearson's and Spearman's r of two measures, with a 95 % bootstrap interval over the points."""
+    points, words = np.array([x, y]), []
+    draws = [points[:, index] for index in np.random.default_rng(0).integers(len(x), size=(2000, len(x)))]
+    draws = [draw for draw in draws if np.ptp(draw, axis=1).all()]  # one point, drawn n times, has no r
+    for measure in (stats.pearsonr, stats.spearmanr):
+        low, high = np.percentile([measure(*draw).statistic for draw in draws], [2.5, 97.5])
+        words.append(f"{measure(*points).statistic:+.2f} ({low:+.2f} to {high:+.2f})")
+    return " | ".join(words)
+
+
+def tables(rows: list[dict]) -> str:
+    """Return Markdown: all measures of every setting, then the correlations with the samples' distance."""
+    last = max(row["sit_steps"] for row in rows)
+
+    def values(setting, measure, guidance=1):
+        return [row[measure] for row in rows if row[measure] != "" and
+                (row["setting"], row["guidance"], row["sit_steps"]) == (setting, guidance, last)]
+    settings = [name for name in SETTINGS if values(name, "fd")]
+    columns = [(name, 1) for name in (*MEASURES, *OUTCOMES)] + [(name, 2) for name in OUTCOMES]
+    titles = " | ".join(name + ", guidance 2" * (guidance == 2) for name, guidance in columns)
+    lines = [f"| setting | seeds | {titles} |", "|---" * (len(columns) + 2) + "|"]
+    for setting in settings:
+        cells = " | ".join(spread(values(setting, *column)) for column in columns)
+        lines.append(f"| {setting} | {len(values(setting, 'fd'))} | {cells} |")
+    if len(settings) > 3:
+        lines += ["", f"Correlation with the Fréchet distance of samples (no guidance, {last} steps) over "
+                  f"the means of {len(settings)} settings, with a 95 % bootstrap interval:", "",
+                  "| measure | Pearson's r | Spearman's r |", "|---|---|---|"]
+        distance = [statistics.mean(values(setting, "fd")) for setting in settings]
+        for name in MEASURES:
+            means = [statistics.mean(values(setting, name) or [np.nan]) for setting in settings]
+            if np.ptp(means) > 0:  # not without a value, nor with one for all
+                lines.append(f"| {name} | {correlation(means, distance)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = Path(args.out).resolve()
+    if args.data != "shapes" and not (Path(args.data) / "train" / "attributes.csv").is_file():
+        raise FileNotFoundError(f"--data {args.data}: no train/attributes.csv in it")
+    # Networks so small are slower with two threads. glibc keeps its memory between steps.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+                   "MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
+    runs = [(setting, seed, out / f"{setting}-{seed}") for seed in args.seeds for setting in args.settings]
+    starts = [(None, seed, out / f"pretrained-{seed}") for seed in args.seeds]
+    count = sum(len(stages(*each, args)) for each in starts + runs)
+    rows, failures = [], []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    with tqdm(total=count, desc="study", dynamic_ncols=True) as bar, ThreadPoolExecutor(args.jobs) as pool:
+        def advance(text):
+            bar.set_postfix_str(text)
+            bar.update()
+
+        def run(setting, seed, folder):
+            make(folder, stages(setting, seed, folder, args), advance)
+            return row_of(folder, setting, seed, args) if setting else []
+
+        try:
+            for done in [pool.submit(run, *each) for each in starts]:
+                done.result()  # without it no run of its seed can begin
+            for done in as_completed([pool.submit(run, *each) for each in runs]):
+                if done.exception():  # the others go on
+                    failures.append(str(done.exception()))
+                    continue
+                rows = sorted([*rows, *done.result()], key=lambda row: (
+                    row["seed"], [*SETTINGS].index(row["setting"]), row["guidance"], row["sit_steps"]))
+                with open(out / "results.part", "w", newline="") as file:
+                    table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                    table.writeheader()
+                    table.writerows(rows)
+                (out / "results.part").replace(out / "results.csv")
+        except BaseException:
+            stopping.set()
+            [process.terminate() for process in tuple(running)]  # trainers save
+            pool.shutdown(cancel_futures=True)
+            raise
+    if rows:
+        print(tables(rows))
+        (out / "tables.md").write_text(tables(rows))
+    if failures:
+        raise Stopped("\n".join(failures))
+
+
+def run_main():
+    """Run main; a failed command and a stop become one line and exit code 1."""
+    try:
+        main()
+    except (Stopped, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    run_main()

@@ -164,10 +164,10 @@ def one_line(read):
 
 
 class Nothing:
-    """What stands for an object of a class that is not wanted. It takes any arguments and keeps none."""
+    """What stands for an object of a class that is not wanted."""
 
     def __init__(self, *_):
-        pass
+        """Take any arguments and keep none."""
 
     __setstate__ = __init__
 
@@ -349,9 +349,8 @@ DIFFUSERS_NAMES = tuple(tuple(f".{name}." for name in pair.split("=")) for pair 
 
 def from_diffusers(state: dict) -> dict:
     """Return the state dict of diffusers' AutoencoderKL under the published names; attention becomes 1x1."""
-    renamed = rename(state, DIFFUSERS_NAMES)
     return {key: value[:, :, None, None] if ".attn" in key and value.ndim == 2 else value
-            for key, value in renamed.items()}
+            for key, value in rename(state, DIFFUSERS_NAMES).items()}
 
 
 def rename(state: dict, names: tuple) -> dict:
@@ -376,8 +375,8 @@ def vae_config_from_diffusers(config: dict) -> vae.VAEConfig:
     # 256 is nominal: attention is where down_block_types says, whatever sample_size is
     attention = tuple(256 // 2 ** i for i, block in enumerate(blocks) if "Attn" in block)
     return config_of(vae.VAEConfig, dict(
-        ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), resolution=256,
-        attn_resolutions=attention, num_res_blocks=config.get("layers_per_block", 1),
+        ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), attn_resolutions=attention,
+        resolution=256, num_res_blocks=config.get("layers_per_block", 1),
         z_channels=config.get("latent_channels", 4), in_channels=config.get("in_channels", 3),
         norm_groups=config.get("norm_num_groups", 32)), "config.json")
 
@@ -498,14 +497,13 @@ def read_statistics(path, channels: int, vae_hash: str | None = None, content: d
     for name in ("meta.json", "config.json"):  # of encode.py's folders and diffusers'
         path = Path(path) / name if os.path.isfile(Path(path) / name) else path
     content = read_file(fetch(path)) if content is None else content
-    found = statistics_of(content)
-    if found is None:
+    mean, std = statistics_of(content) or (None, None)
+    if mean is None:
         raise ValueError(f"{path}: no latent statistics in it; give --latent-stats FILE (for SD-VAE 0.18215)")
     facts = content["latents"] if content.get("format") == SIT else content
     theirs = facts.get("vae_hash", vae_hash)  # published files do not say of which VAE they are
     if vae_hash and theirs != vae_hash:
         raise ValueError(f"{path}: of VAE {theirs[:12]}, this is {vae_hash[:12]}; --vae {facts.get('vae')}")
-    mean, std = found
     if not len(mean) == len(std) == channels or not torch.isfinite(mean + std).all() or std.min() <= 0:
         raise ValueError(f"{path}: {len(mean)} channels, std >= {std.min():g}; want {channels}, and std > 0")
     return mean, std

@@ -14,16 +14,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,8 +41,7 @@ BLOCKS = {"SiTBlock", "ResnetBlock", "AttnBlock", "GroupNorm", "LPIPS", "Block"}
 
 # processes
 
-@dataclass(frozen=True)
-class Proc:
+class Proc(NamedTuple):
     """This process among its peers: rank of world, and the device it computes on."""
     rank: int
     world: int
@@ -102,33 +101,27 @@ class Behind:
         with common.Behind() as behind:    # leaving it waits for the last one, also after an error
             behind(write, path, state)     # returns at once, unless the one before is not done
     """
-    thread = error = None
+
+    def __init__(self):
+        self.pool, self.last = ThreadPoolExecutor(1), None
 
     def __enter__(self):
         return self
 
     def __call__(self, function, *args) -> None:
         self.wait()
-        self.thread = threading.Thread(target=self.run, args=(function, *args))
-        self.thread.start()
-
-    def run(self, function, *args) -> None:
-        try:
-            function(*args)
-        except BaseException as error:
-            self.error = error
+        self.last = self.pool.submit(function, *args)
 
     def check(self) -> None:
-        """Raise what a function has raised."""
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        """Raise what the last function has raised, if it is done."""
+        if self.last and self.last.done():
+            self.wait()
 
     def wait(self) -> None:
-        """Return once the last function is done; raise what it has raised."""
-        if self.thread is not None:
-            self.thread.join()
-        self.check()
+        """Return once the last function is done; raise, once, what it has raised."""
+        last, self.last = self.last, None
+        if last:
+            last.result()
 
     def __exit__(self, kind, *_):
         try:
@@ -423,18 +416,20 @@ def derive_seed(*key) -> int:
 
 def noise_for(shape, rows, device, *key) -> Tensor:
     """Normal noise (len(rows), *shape) fp32; row r depends on (*key, r) and the type of `device` alone."""
-    out, generator = torch.empty(len(rows), *shape, device=device), torch.Generator(device)
-    for values, row in zip(out, rows):
-        values.normal_(generator=generator.manual_seed(derive_seed(*key, int(row))))
-    return out
+    return fill_rows(torch.empty(len(rows), *shape, device=device), Tensor.normal_, rows, key)
 
 
 def uniform_for(count: int, rows, device, *key) -> Tensor:
     """Uniform draws in [0, 1), (len(rows), count) fp32; row r is a function of (*key, r) alone."""
-    out, generator = torch.empty(len(rows), count), torch.Generator()
+    return fill_rows(torch.empty(len(rows), count), Tensor.uniform_, rows, key).to(device, non_blocking=True)
+
+
+def fill_rows(out: Tensor, draw, rows, key) -> Tensor:
+    """Fill each row r of `out` by draw(row, generator), the generator seeded by (*key, r); return `out`."""
+    generator = torch.Generator(out.device)
     for values, row in zip(out, rows):
-        values.uniform_(generator=generator.manual_seed(derive_seed(*key, int(row))))
-    return out.to(device, non_blocking=True)
+        draw(values, generator=generator.manual_seed(derive_seed(*key, int(row))))
+    return out
 
 
 # the optimisation step
@@ -483,9 +478,7 @@ def load_optimizer(optimizer, state: dict) -> None:
 
 def learning_rate(step: int, lr: float, warmup: int, cooldown: int, num_steps: int) -> float:
     """lr at `step` (0-based): linear rise in `warmup` steps, constant, linear fall in the last `cooldown`."""
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    fall = min(1.0, (num_steps - step) / cooldown) if cooldown else 1.0
-    return lr * min(rise, fall)
+    return lr * min(1.0, (step + 1) / max(warmup, 1), (num_steps - step) / max(cooldown, 1))
 
 
 def backward(loss: Tensor, scaler=None) -> None:
@@ -544,7 +537,8 @@ class EMA:
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over groups of `group` images, so that a step does not depend on micro-batch and world size.
 
-    Running statistics move once per optimizer step, in `update`, by the mean over all groups and processes.
+    Running statistics move once per optimizer step, in `update_batch_norms`, by the mean over all groups and
+    processes. What they are is collected in .seen until then.
     Forward: images (B, C, H, W), B a multiple of `group`.
     """
     group, seen = 32, None
@@ -568,26 +562,23 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             self.seen.append(torch.stack([mean, var]))
         return torch.cat(out)
 
-    @torch.no_grad()
-    def update(self, skipped: Tensor) -> None:
-        """Call after the optimizer step; a skipped step leaves the statistics as they were."""
-        if not self.seen:
-            return
-        now = torch.stack(self.seen).mean(0)  # (2, C)
-        self.seen = None
-        if dist.is_initialized():
-            dist.all_reduce(now)
-            now /= dist.get_world_size()
-        for running, new in zip((self.running_mean, self.running_var), now):
-            running.copy_(torch.where(skipped, running, running.lerp(new, self.momentum)))
-        self.num_batches_tracked += ~skipped
 
-
+@torch.no_grad()
 def update_batch_norms(module: nn.Module, skipped: Tensor) -> None:
-    """Move the running statistics of every GroupBatchNorm2d below `module`; once per optimizer step."""
+    """Move the running statistics of every GroupBatchNorm2d below `module`; once per optimizer step.
+
+    A skipped step leaves them as they were.
+    """
     for layer in module.modules():
-        if isinstance(layer, GroupBatchNorm2d):
-            layer.update(skipped)
+        if isinstance(layer, GroupBatchNorm2d) and layer.seen:
+            now = torch.stack(layer.seen).mean(0)  # (2, C)
+            layer.seen = None
+            if dist.is_initialized():
+                dist.all_reduce(now)
+                now /= dist.get_world_size()
+            for running, new in zip((layer.running_mean, layer.running_var), now):
+                running.copy_(torch.where(skipped, running, running.lerp(new, layer.momentum)))
+            layer.num_batches_tracked += ~skipped
 
 
 # progress
@@ -620,7 +611,6 @@ class Progress:
     after, do not count.
     Rank 0 writes; every process must call `record`, which is collective.
     """
-    EARLY = (10, 20)  # these steps are logged whatever --log-every says
 
     def __init__(self, args, proc: Proc, step: int, num_steps: int, show=("loss",), saved=None):
         """saved: the checkpoint of this step, if a run is continued; it has images_seen."""
@@ -745,7 +735,8 @@ class Progress:
         self.worst_streak = torch.maximum(self.worst_streak, self.bad_streak)
         self.agree_to_stop()
         self.must_save |= bool(self.stopping) or self.step == 1 or self.due(self.args.save_every)
-        due = self.must_save or self.due(self.args.log_every) or self.step in self.EARLY
+        # Steps 10 and 20 are logged whatever --log-every says.
+        due = self.must_save or self.due(self.args.log_every) or self.step in (10, 20)
         row = self.read_means() if due and self.sums else None  # this waits for the device
         self.seconds += time.perf_counter() - self.began
         if self.bar and self.step == self.first:

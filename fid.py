@@ -12,7 +12,8 @@ ADM's format) or an npy file of such an array. REF may also be a file of statist
 sigma, mu_s, sigma_s (ADM's). The measures are those of ADM's evaluator (arXiv:2105.05233): TF1
 resize, softmax without bias, splits of 5,000, k = 3; but in fp64.
 
-Read: FeatureStats -> frechet_distance and the other measures -> compute_stats -> gfid, rfid -> the commands.
+Read: FeatureStats -> frechet_distance and the other measures -> compute_stats,
+compare_pairs -> gfid -> the commands.
 Letters: n or m images, B images of a batch, D features.
 """
 import argparse
@@ -307,17 +308,17 @@ def gfid(reference, samples, device="cpu") -> dict:
         result["kid"], result["kid_std"] = kernel_distance(theirs, mine, subset_size=size)
         result["reference_features"] = len(theirs)
     if "class_logits" in kept and (kept["labels"] >= 0).all():
-        right = kept["class_logits"].argmax(1) == kept["labels"]
-        result["class_accuracy"] = right.double().mean().item()
+        result["class_accuracy"] = (kept["class_logits"].argmax(1) == kept["labels"]).double().mean().item()
     return result
 
 
 @torch.no_grad()
-def rfid(batches, vae, extractor, device="cpu", lpips=None) -> dict:
-    """Compare images with their reconstructions from the posterior mean: n, fd, psnr_db, ssim, lpips, ...
+def compare_pairs(batches, vae, extractor, device="cpu", lpips=None) -> tuple[FeatureStats, FeatureStats]:
+    """Measure images and their reconstructions from the posterior mean; psnr_db, ssim and lpips of the pairs
+    are .kept of the second.
 
     batches and extractor as in compute_stats; lpips: an LPIPS module, or None. Reconstructions are rounded to
-    uint8, as when saved, for all but LPIPS. Returns {} on all ranks but 0.
+    uint8, as when saved, for all but LPIPS. Rank 0 gets the statistics of all.
     """
     real, fake = FeatureStats(), FeatureStats()
     for batch in batches:
@@ -331,10 +332,7 @@ def rfid(batches, vae, extractor, device="cpu", lpips=None) -> dict:
         if lpips is not None:
             pairs["lpips"] = lpips(x, x_hat)
         fake.keep(pairs, pairs)
-    real, fake = real.finish(), fake.finish()
-    if not fake.moments:  # not rank 0
-        return {}
-    return gfid(real, fake) | {name: values.double().mean().item() for name, values in fake.kept.items()}
+    return real.finish(), fake.finish()
 
 
 # sets of images
@@ -412,16 +410,15 @@ def run_gfid(args, extractor, proc):
         # Otherwise labels are not the judge's classes: those of a user's folder are others.
         judged = source == "shapes" or (source.endswith(".npz") and args.reference == "shapes")
         samples = compute_stats(batches, extractor, proc.device, meta, keep=KEPT if judged else KEPT[:3])
-        if not proc.main:
-            continue
-        numbers = gfid(reference, samples, device)
-        if args.train:
-            ratio, indices = closer_than_training(train, samples.kept["features"].to(device), k=4)
-            numbers["closer_than_training"] = (ratio < 1).double().mean().item()
-            for i in ratio.argsort()[:10].tolist():  # the most suspicious ones, and what they are near to
-                pictures += [dataset.batch([i])["images"], train_set.batch(indices[i].tolist())["images"]]
-        show(f"{extractor.label}-{samples.n} vs {reference.meta['name']}: {source}", numbers)
-        sets[source] = {**numbers, "samples": samples.meta}
+        if proc.main:
+            numbers = gfid(reference, samples, device)
+            if args.train:
+                ratio, indices = closer_than_training(train, samples.kept["features"].to(device), k=4)
+                numbers["closer_than_training"] = (ratio < 1).double().mean().item()
+                for i in ratio.argsort()[:10].tolist():  # the most suspicious ones, and what they are near to
+                    pictures += [dataset.batch([i])["images"], train_set.batch(indices[i].tolist())["images"]]
+            show(f"{extractor.label}-{samples.n} vs {reference.meta['name']}: {source}", numbers)
+            sets[source] = {**numbers, "samples": samples.meta}
     if not proc.main:
         return {}
     result = {"sets": sets, "reference": {**reference.meta, "n": reference.n}}
@@ -443,9 +440,10 @@ def run_rfid(args, extractor, proc):
     trained = checkpoints.read_own(args.vae).get("args", {}).get("image_size")
     size = args.image_size or trained or data.default_size(args.data)
     _, batches, meta = open_images(args.data, size, extractor, args, proc)
-    result = rfid(batches, vae, extractor, proc.device, lpips)
+    real, fake = compare_pairs(batches, vae, extractor, proc.device, lpips)
     if not proc.main:
         return {}
+    result = gfid(real, fake) | {name: values.double().mean().item() for name, values in fake.kept.items()}
     show(f"r{extractor.label}-{result['n']} vs originals of {meta['name']}, split {meta['split']}", result)
     result |= {"reference": meta, "vae_hash": checkpoints.state_hash(vae.state_dict())}
     data.write_facts(args.out, {**result, "args": vars(args), "versions": common.versions()})

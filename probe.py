@@ -255,12 +255,11 @@ def probe_set(splits: dict, nets: dict, with_attributes, args, device) -> dict:
         x = [features[split][name] for split in SPLITS]
         y = [getattr(splits[split][0], target)[index[split]] for split in SPLITS]
         fit = fit_linear_probe(x[0], y[0], x[1], y[1], x[2], max_iter=args.max_iter, device=device)
+        logits, decay = fit["logits"], fit["weight_decay"]
         if target == "labels":
-            result[name]["class_accuracy"] = class_accuracy(fit["logits"], y[2])
-            result[name]["class_weight_decay"] = fit["weight_decay"]
+            result[name] |= {"class_accuracy": class_accuracy(logits, y[2]), "class_weight_decay": decay}
         else:
-            result[name] |= attribute_scores(fit["logits"], *y, images.attribute_names)
-            result[name]["weight_decay"] = fit["weight_decay"]
+            result[name] |= attribute_scores(logits, *y, images.attribute_names) | {"weight_decay": decay}
     flat, side = features["test"]["flat"], images.image_size // nets["vae"].stride
     return result | {"latent": latent_measures(flat.view(len(flat), -1, side, side))}
 

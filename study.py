@@ -11,7 +11,7 @@ steps, teacher, judge and seeds, and starts from the same pretrained VAE of its 
 project's own commands. The same command goes on after a stop; finished runs are not made again.
 
 Writes results.csv (a row per run and per place in the SiT's training) and tables.md. plot.py draws the csv.
-Read: SETTINGS -> stages -> run -> row_of -> tables.
+Read: SETTINGS -> stages -> make -> rows_of -> tables -> main.
 """
 import argparse
 import csv
@@ -65,16 +65,15 @@ def parse_args(argv=None):
         help="those to run")
     # 0 to 2 are those on which the recipe was tuned
     add("--seeds", nargs="+", type=int, default=[10, 11, 12], metavar="SEED", help="of all that is random")
-    add("--pretrain-steps", type=int, default=400, help="of the VAE that all settings of a seed start from")
-    add("--vae-steps", type=int, default=800, help="of each fine-tune")
+    add("--vae-steps", type=int, default=800, help="of each fine-tune; half as many of what they start from")
     add("--sit-steps", type=int, default=2000, help=f"of each SiT; a multiple of {PLACES}")
     add("--samples", type=int, default=500, help="drawn at each place")
     add("--jobs", type=int, default=min(os.cpu_count(), 8), help="runs side by side, a thread each")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
     add("--out", default="out/study", help="folder of all runs and of the results")
     args = parser.parse_args(argv)
-    if min(args.pretrain_steps, args.vae_steps, args.samples, args.jobs) < 1 or args.sit_steps % PLACES:
-        parser.error(f"steps, --samples and --jobs are 1 or more, --sit-steps a multiple of {PLACES}")
+    if min(args.vae_steps // 2, args.sit_steps, args.samples, args.jobs) < 1 or args.sit_steps % PLACES:
+        parser.error(f"--vae-steps is 2 or more, --samples and --jobs 1, --sit-steps a multiple of {PLACES}")
     return args
 
 
@@ -83,13 +82,12 @@ def parse_args(argv=None):
 def stages(setting, seed, out, args) -> dict:
     """Return {stage: command} of a run in the folder `out`, in order. Setting None: of the pretraining."""
     out, start = shlex.quote(str(out)), shlex.quote(str(out.parent / f"pretrained-{seed}"))
-    train = held_out = "shapes"
-    if args.data != "shapes":
-        train, held_out = (shlex.quote(f"{Path(args.data).resolve()}/{split}") for split in ("train", "val"))
+    folder = "" if args.data == "shapes" else Path(args.data).resolve()
+    train, held_out = (shlex.quote(f"{folder}/{part}") if folder else "shapes" for part in ("train", "val"))
     run, judge = f"--seed {seed} --device {args.device}", f"--features shapes --device {args.device}"
     vae = f"train_vae.py {VAE} --data {train} {run} --compile off"
     if setting is None:
-        return {"vae": f"{vae} --init none --align 0 --steps {args.pretrain_steps} --out {out}"}
+        return {"vae": f"{vae} --init none --align 0 --steps {args.vae_steps // 2} --out {out}"}
     every = args.sit_steps // PLACES
     drawn = [*((1, every * (i + 1)) for i in range(PLACES)), (2, args.sit_steps)]  # guidance, step
     sets = " ".join(f"{out}/cfg{cfg}-{step}/samples.npz" for cfg, step in drawn)
@@ -109,12 +107,11 @@ def stages(setting, seed, out, args) -> dict:
         "fid": f"fid.py gfid {held_out} {sets} {judge} --out {out}/gfid.json"}
 
 
-class Stopped(RuntimeError):
-    """A command failed or was stopped; its words are the message."""
-
-
 def make(folder: Path, commands: dict, advance) -> None:
-    """Run the commands that folder/done.json does not have; it gets {command: seconds}. Raises Stopped."""
+    """Run the commands that folder/done.json does not have; it gets {command: seconds}.
+
+    Raises RuntimeError, with the last words of a command that failed or was stopped.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "done.json"
     done = json.loads(record.read_text()) if record.exists() else {}
@@ -132,8 +129,8 @@ def make(folder: Path, commands: dict, advance) -> None:
                 running.discard(process)
             if process.returncode:
                 last = (folder / "log.txt").read_text(errors="replace").strip().split("\n")[-1][-300:]
-                raise Stopped(f"{folder.name}, {stage}: exit code {process.returncode}; {last}; all of it: "
-                              f"{folder}/log.txt")
+                raise RuntimeError(f"{folder.name}, {stage}: exit code {process.returncode}; {last}; "
+                                   f"all of it: {folder}/log.txt")
             done[command] = time.time() - start
             record.with_suffix(".part").write_text(json.dumps(done, indent=1))
             record.with_suffix(".part").replace(record)  # whole or not at all
@@ -142,8 +139,8 @@ def make(folder: Path, commands: dict, advance) -> None:
 
 # the results
 
-def row_of(folder: Path, setting, seed, args) -> list[dict]:
-    """Return the rows of a finished run: one for each place in the SiT's training, one more with guidance."""
+def rows_of(folder: Path, setting, seed, args):
+    """Yield the rows of a finished run: one for each place in the SiT's training, one more with guidance."""
     done, rfid, probe, gfid = (json.loads((folder / f"{name}.json").read_text())
                                for name in ("done", "rfid", "probe", "gfid"))
     parts = {"rfid": rfid, **probe["vaes"][0]}
@@ -151,12 +148,10 @@ def row_of(folder: Path, setting, seed, args) -> list[dict]:
               "seconds": round(sum(done.values())), "commit": rfid["versions"]["commit"]}
     # a folder without classes has no class accuracy
     common |= {name: parts[part].get(key, "") for name, (part, key) in MEASURES.items()}
-    rows = []
     for path, numbers in gfid["sets"].items():
         cfg, step = Path(path).parent.name.removeprefix("cfg").split("-")
-        rows.append(common | {"guidance": int(cfg), "sit_steps": int(step), "samples": numbers["n"],
-                              **{name: numbers.get(name, "") for name in OUTCOMES}})
-    return rows
+        yield common | {"guidance": int(cfg), "sit_steps": int(step), "samples": numbers["n"],
+                        **{name: numbers.get(name, "") for name in OUTCOMES}}
 
 
 def spread(values: list) -> str:
@@ -223,7 +218,7 @@ def main(argv=None):
 
         def run(setting, seed, folder):
             make(folder, stages(setting, seed, folder, args), advance)
-            return row_of(folder, setting, seed, args) if setting else []
+            return [*rows_of(folder, setting, seed, args)] if setting else []
 
         try:
             for done in [pool.submit(run, *each) for each in starts]:
@@ -234,11 +229,10 @@ def main(argv=None):
                     continue
                 rows = sorted([*rows, *done.result()], key=lambda row: (
                     row["seed"], [*SETTINGS].index(row["setting"]), row["guidance"], row["sit_steps"]))
-                with open(out / "results.part", "w", newline="") as file:
+                with open(out / "results.csv", "w", newline="") as file:
                     table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
                     table.writeheader()
                     table.writerows(rows)
-                (out / "results.part").replace(out / "results.csv")
         except BaseException:
             stopping.set()
             [process.terminate() for process in tuple(running)]  # trainers save
@@ -248,17 +242,15 @@ def main(argv=None):
         print(tables(rows))
         (out / "tables.md").write_text(tables(rows))
     if failures:
-        raise Stopped("\n".join(failures))
+        raise RuntimeError("\n".join(failures))
 
 
 def run_main():
     """Run main; a failed command and a stop become one line and exit code 1."""
     try:
         main()
-    except (Stopped, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    except (RuntimeError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"error: {str(error) or 'stopped; the same command goes on'}")
 
 
 if __name__ == "__main__":

@@ -76,11 +76,6 @@ def training_steps(net, steps, device):
 
 # teacher
 
-def pool(tokens: Tensor) -> Tensor:
-    """(B, N, D) -> (B, 2 D): the mean is what tokens agree on, the maximum what a single one has seen."""
-    return torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1)
-
-
 def colour_histograms(images: np.ndarray) -> Tensor:
     """uint8 (N, H, W, 3) -> (N, 64): square roots of the shares of 4 x 4 x 4 colours, so that norms are 1."""
     bins = (images // 64).astype(np.int64) @ np.array([16, 4, 1])  # (N, H, W) in 0..63
@@ -112,7 +107,9 @@ def train_teacher(steps, seed, device, dtype) -> ShapesTeacher:
     def embed(x):
         with common.autocast(device, dtype):
             tokens = teacher(x)
-            return F.normalize(head(pool(tokens)).float(), dim=1), thumbnail(tokens).float()
+            # the mean is what tokens agree on, the maximum what a single one has seen
+            pooled = torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1)  # (B, 2 D)
+            return F.normalize(head(pooled).float(), dim=1), thumbnail(tokens).float()
 
     frames = [Shapes(SCENES, seed, frame=k).images for k in range(4)]
     sources = 2 * [cluster(colour_histograms(frames[0]), seed)]  # groups of scenes that share their colours

@@ -12,8 +12,8 @@
 
 Weights and inputs are random, which makes no step slower or faster. The images are on the device already:
 what it costs to read them is in a run's log.jsonl (data_wait_percent). FLOPs are those of one step, by
-torch's counter; a multiply-add is 2. MFU is their share of the data sheet's peak for the GPUs named below;
-elsewhere, and in fp32, of what a 2048 x 2048 matrix product reaches here.
+torch's counter; a multiply-add is 2. MFU is their share of what the device reaches in a product of
+matrices of side 8192 (CPU: 2048), in the type of --dtype (peak_tflops).
 """
 import json
 import time
@@ -36,8 +36,6 @@ from vae import VAE, VAE_SIZES
 STAGES = {"vae": 32, "encode": 64, "sit": 256, "sample": 64, "fid": 64}  # images a step
 OWN_DTYPE = {"encode": "tf32", "fid": "fp32"}  # of --dtype auto
 SAMPLE_STEPS = 10
-# Dense bf16 (V100: fp16), from the data sheets.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "V100": 125}
 
 
 def parse_args(argv=None):
@@ -122,10 +120,9 @@ def main(argv=None):
     proc = common.setup(args.device)
     dtype, on_cuda = common.resolve_dtype(args.dtype, proc.device), proc.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
-    if peak is None or dtype == torch.float32:  # measured, by a matrix product
-        a = torch.randn(2048, 2048, device=proc.device, dtype=dtype)
-        peak = 2 * len(a)**3 / time_steps(lambda: a @ a, 3, proc.device)[1][0] / 1e12
+    # what the device reaches in a matrix product
+    a = torch.randn(2 * [8192 if on_cuda else 2048], device=proc.device, dtype=dtype)
+    peak = 2 * len(a)**3 / time_steps(lambda: a @ a, 3, proc.device)[1][0] / 1e12
     for stage, compiled in product(args.stage, args.compile or (["off", "on"] if on_cuda else ["off"])):
         common.setup(args.device)  # allows TF32 again, where the stage before did not
         size, dtype = args.batch_size or STAGES[stage], args.dtype

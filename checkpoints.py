@@ -395,6 +395,8 @@ def load_mapper(path) -> Mapper:
         raise ValueError(f"{path}: no mapper in it; want a checkpoint of train_vae.py, without --align 0")
     import timm  # noqa: F401  (torch 2.6 cannot import it under the device "meta", where `build` would)
     cfg = config_of(MapperConfig, saved["mapper_config"], path)
+    if cfg.kind == "linear" and "bn.running_mean" not in saved["mapper"]:  # older ones heeded neither flag
+        cfg = replace(cfg, norm=False, noise=False)
     return build(lambda: Mapper(cfg), saved["mapper"], path, "its own mapper_config")
 
 

@@ -978,7 +978,10 @@ class Parts(Shards):
         """Return (images, labels) of a part; ValueError if it is not whole, by the checksums of its zip."""
         file = self.file_of(part)
         with one_line(file), np.load(file, allow_pickle=False) as arrays:
-            return arrays["arr_0"], arrays["arr_1"]
+            images, labels = arrays["arr_0"], arrays["arr_1"]
+            if len(images) != len(self.images_of(part)):
+                raise ValueError(f"{len(images)} images, want {len(self.images_of(part))}")
+            return images, labels
 
     def save_npz(self, path) -> None:
         """Write what `save_npz` writes, of all parts."""

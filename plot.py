@@ -1,8 +1,8 @@
 """Charts of what the other scripts wrote. Needs matplotlib, as no other file does: pip install matplotlib
 
     python plot.py curves out/vae/log.jsonl out/plain/log.jsonl --out curves.png --keys rec,psnr_db
-    python plot.py study study/results.csv                    # of study.py: samples over the SiT's steps
-    python plot.py study study/results.csv --x f1_pooled      # and over another measure
+    python plot.py study out/study/results.csv                # of study.py: samples over the SiT's steps
+    python plot.py study out/study/results.csv --x f1_pooled  # and over another measure
     python plot.py runs out/study/plain-10 out/study/depth1-10       # their reconstructions and samples
 """
 import csv
@@ -15,9 +15,8 @@ import numpy as np
 import common
 import data
 
-# names in log.jsonl, unless --keys says others; and in results.csv
-KEYS = "loss,rec,lpips,kl,gan,align,psnr_db,flow,repa,val_flow,grad_norm"
-MEASURES = "fd,class_accuracy"
+# names in log.jsonl and in results.csv, unless --keys says others
+KEYS = "loss,rec,lpips,kl,gan,align,psnr_db,flow,repa,val_flow,grad_norm,fd,class_accuracy"
 
 
 def parse_args(argv=None):
@@ -26,7 +25,7 @@ def parse_args(argv=None):
     add("chart", choices=("curves", "study", "runs"), help="what to draw")
     add("files", nargs="+", help="log.jsonl files; study: results.csv; runs: folders in study.py's --out")
     add("--out", default="out/plot.png", help="PNG to write")
-    add("--keys", help=f"names to draw, a panel each; default: {KEYS}; of study {MEASURES}")
+    add("--keys", default=KEYS, help="names to draw, a panel each; a name that no file has is left out")
     add("--x", default="sit_steps", help="study: the column along the horizontal axis")
     return parser.parse_args(argv)
 
@@ -51,7 +50,7 @@ def read_curve(log, key: str) -> dict[int, float]:
         return dict(sorted(values.items()))
 
 
-def draw_curves(logs: list, keys: list[str]):
+def draw_curves(logs: list, keys: list[str], _x=None):
     """Return a figure: a panel per name, a curve per log. ValueError if no log has any of the names."""
     panels = {key: [read_curve(log, key) for log in logs] for key in keys}
     panels = [(key, curves) for key, curves in panels.items() if any(curves)]
@@ -67,48 +66,43 @@ def draw_curves(logs: list, keys: list[str]):
     return figure
 
 
-def read_results(path, keys: list[str]) -> dict:
-    """Return {setting: {step: {key: [a value per seed]}}} of study.py's results.csv, without guidance."""
-    table = {}
-    with data.one_line(path, "study.py writes it"), open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["guidance"] == "1":
-                values = table.setdefault(row["setting"], {}).setdefault(int(row["sit_steps"]), {})
-                [values.setdefault(key, []).append(float(row[key])) for key in keys]
-    if not table:
-        raise ValueError(f"{path}: no row without guidance in it; study.py writes it")
-    return table
+def draw_study(files: list, keys: list[str], x: str):
+    """Return a figure of study.py's results.csv, without guidance: a panel per name, a colour per setting.
 
-
-def draw_study(path, x: str, keys: list[str]):
-    """Return a figure: a panel per name, a colour per setting of study.py.
-
-    Over x = sit_steps a line, the mean of the seeds. Over another measure a point per seed, at the last step.
+    Over x = sit_steps a line through the means of the seeds; over another measure a point per seed, at the
+    last step. Names without a value are left out: a study of pictures has no class accuracy.
     """
-    table = read_results(path, [x, *keys])
+    with data.one_line(files[0], "study.py writes it"), open(files[0], newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["guidance"] == "1"]
+        last = max(int(row["sit_steps"]) for row in rows)
+        rows = [row for row in rows if row[x] and (x == "sit_steps" or int(row["sit_steps"]) == last)]
+    keys = [key for key in keys if any(row.get(key) for row in rows)]
     figure, panel = new_figure(len(keys), height=5.0)
     for key in keys:
         axis = panel(xlabel=x, ylabel=key)
-        for i, (setting, steps) in enumerate(table.items()):
-            points = (steps[max(steps)][x], steps[max(steps)][key])
-            if x == "sit_steps":
-                points = sorted(steps), [statistics.mean(steps[step][key]) for step in sorted(steps)]
-            axis.plot(*points, "os^D"[i % 4] + "-" * (x == "sit_steps"), color=f"C{i % 10}", label=setting)
-    axis.legend(fontsize="small")
+        for i, setting in enumerate(dict.fromkeys(row["setting"] for row in rows)):
+            points = {}
+            for row in rows:
+                if row["setting"] == setting:
+                    points.setdefault(float(row[x]), []).append(float(row[key]))
+            means = [statistics.mean(points[place]) for place in sorted(points)]
+            style = "os^D"[i % 4] + "-" * (x == "sit_steps")
+            axis.plot(sorted(points), means, style, color=f"C{i % 10}", label=setting)
+        axis.legend(fontsize="small")
     return figure
 
 
-def draw_runs(folders: list):
+def draw_runs(folders: list, *_):
     """Return a figure: a line per run of study.py, its last picture of reconstructions and its samples."""
     from matplotlib.image import imread
     figure, panel = new_figure(2 * len(folders), width=8.0, height=2.6)
     for folder in map(Path, folders):
-        drawn, pictures = sorted(folder.glob("cfg2-*/samples.npz")), sorted(folder.glob("vae/recon*.png"))
+        drawn, pictures = [*folder.glob("cfg2-*/samples.npz")], sorted(folder.glob("vae/recon*.png"))
         if not drawn or not pictures:
             raise ValueError(f"{folder}: no vae/reconstructions_*.png and cfg2-*/samples.npz in it, which "
                              f"study.py leaves there")
-        samples = data.ArrayImages(drawn[-1]).images[:80]
-        samples = np.concatenate([np.concatenate(samples[i::10][:8]) for i in range(10)], axis=1)
+        samples = data.ArrayImages(drawn[0]).images[:80]  # a line of ten: a sample of each of ten classes
+        samples = np.concatenate([np.concatenate(samples[i::10][:len(samples) // 10]) for i in range(10)], 1)
         for title, image in (("images, reconstructions", imread(pictures[-1])), ("samples", samples)):
             axis = panel(title=f"{folder.name}: {title}")
             axis.imshow(image, interpolation="nearest")
@@ -119,11 +113,8 @@ def draw_runs(folders: list):
 def main(argv=None):
     args = parse_args(argv)
     import matplotlib  # noqa: F401  (now: below, a missing package would be taken for a damaged file)
-    keys = (args.keys or (KEYS if args.chart == "curves" else MEASURES)).split(",")
-    if args.chart == "study":
-        figure = draw_study(args.files[0], args.x, keys)
-    else:
-        figure = draw_runs(args.files) if args.chart == "runs" else draw_curves(args.files, keys)
+    draw = {"curves": draw_curves, "study": draw_study, "runs": draw_runs}[args.chart]
+    figure = draw(args.files, args.keys.split(","), args.x)
     with data.replacing(args.out) as file:
         figure.savefig(file, format="png")
 

@@ -10,8 +10,8 @@ the latent noised as in flow matching; @W: alignment weight W for the default on
 steps, teacher, judge and seeds, and starts from the same pretrained VAE of its seed. Every run is made by the
 project's own commands. The same command goes on after a stop; finished runs are not made again.
 
-Writes results.csv (a row per run and per place in the SiT's training) and tables.md. plot.py draws the csv.
-Read: SETTINGS -> stages -> make -> rows_of -> tables -> main.
+Writes results.csv (a row per run and per place in the SiT's training) and tables.md, of all finished runs in
+--out. plot.py draws the csv. Read: SETTINGS -> stages -> make -> rows_of -> tables -> main.
 """
 import argparse
 import csv
@@ -32,19 +32,18 @@ from scipy import stats
 from tqdm import tqdm
 
 HERE, PYTHON = Path(__file__).parent, [sys.executable]  # where and by what commands are run
-WEIGHT = 0.2  # of the alignment, by default
 MAPPERS = {"linear": "--mapper linear", **{f"depth{n}": f"--mapper-depth {n}" for n in (0, 1, 2)}}
 # The linear mapper has a norm here, too, so that the noise means the same for all.
 SETTINGS = {"plain": "--align 0"} | {
     f"{name}{noise}{weight}":
-        f"{flags} --mapper-norm on --mapper-noise {'on' if noise else 'off'} --align {weight[1:] or WEIGHT}"
+        f"{flags} --mapper-norm on --mapper-noise {'on' if noise else 'off'} --align {weight[1:] or 0.2}"
     for name, flags in MAPPERS.items() for noise in ("", "+noise")
     for weight in (("", "@0.05", "@0.8") if name == "depth1" else ("",))}
 # The recipe of quickstart.sh, with fewer steps.
 VAE = """--image-size 32 --vae tiny --rec l2 --lpips 0 --gan 0 --teacher shapes --projector-dim 256
  --workers 1 --batch-size 32 --lr 5e-3 --beta2 0.99 --warmup 50 --eval-every 0 --save-every 200"""
 SIT = """--model tiny/1 --batch-size 32 --lr 1e-2 --beta2 0.99 --warmup 100 --ema 0.99 --t-sampling lognormal
- --sample-every 0 --keep 9 --workers 0"""
+ --sample-every 0 --keep 99 --workers 0"""
 PLACES = 4  # of the SiT's training at which samples are measured, equally far apart
 # column in results.csv, of the latent -> (part of what probe.py and fid.py wrote, key in it)
 MEASURES = {
@@ -53,6 +52,8 @@ MEASURES = {
     **{name: ("latent", name) for name in ("effective_rank", "density_gini", "gmm_nll")},
     "psnr_db": ("rfid", "psnr_db"), "reconstruction_fd": ("rfid", "fd")}
 OUTCOMES = ("fd", "class_accuracy")  # of samples
+KEPT = ("data", "vae_steps", "sit_steps", "samples")  # flags that are the same for all runs of an --out
+WANTED = ("train/attributes.csv", "val")  # in --data
 running, stopping = set(), threading.Event()  # processes; whether no new one may begin
 
 
@@ -63,7 +64,7 @@ def parse_args(argv=None):
     add("--data", default="shapes", help="'shapes', or a folder with train/, val/ and train/attributes.csv")
     add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME",
         help="those to run")
-    # 0 to 2 are those on which the recipe was tuned
+    # not 0, on which the recipe was tuned
     add("--seeds", nargs="+", type=int, default=[10, 11, 12], metavar="SEED", help="of all that is random")
     add("--vae-steps", type=int, default=800, help="of each fine-tune; half as many of what they start from")
     add("--sit-steps", type=int, default=2000, help=f"of each SiT; a multiple of {PLACES}")
@@ -72,8 +73,8 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: CUDA, MPS or CPU")
     add("--out", default="out/study", help="folder of all runs and of the results")
     args = parser.parse_args(argv)
-    if min(args.vae_steps // 2, args.sit_steps, args.samples, args.jobs) < 1 or args.sit_steps % PLACES:
-        parser.error(f"--vae-steps is 2 or more, --samples and --jobs 1, --sit-steps a multiple of {PLACES}")
+    if min(args.vae_steps // 2, args.sit_steps, args.samples // 10, args.jobs) < 1 or args.sit_steps % PLACES:
+        parser.error(f"--vae-steps, --samples, --jobs are 2, 10, 1 or more; {PLACES} divides --sit-steps")
     return args
 
 
@@ -107,7 +108,7 @@ def stages(setting, seed, out, args) -> dict:
         "fid": f"fid.py gfid {held_out} {sets} {judge} --out {out}/gfid.json"}
 
 
-def make(folder: Path, commands: dict, advance) -> None:
+def make(folder: Path, commands: dict, bar) -> None:
     """Run the commands that folder/done.json does not have; it gets {command: seconds}.
 
     Raises RuntimeError, with the last words of a command that failed or was stopped.
@@ -118,10 +119,9 @@ def make(folder: Path, commands: dict, advance) -> None:
     for stage, command in commands.items():
         if command not in done:
             start = time.time()
-            # a session of its own: a Ctrl-C comes to this process alone, which ends the others once
             with open(folder / "log.txt", "ab") as log, subprocess.Popen(
                     [*PYTHON, *shlex.split(command)], cwd=HERE, stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=subprocess.STDOUT, start_new_session=True) as process:
+                    stderr=subprocess.STDOUT) as process:
                 running.add(process)
                 if stopping.is_set():  # meanwhile
                     process.terminate()
@@ -134,17 +134,18 @@ def make(folder: Path, commands: dict, advance) -> None:
             done[command] = time.time() - start
             record.with_suffix(".part").write_text(json.dumps(done, indent=1))
             record.with_suffix(".part").replace(record)  # whole or not at all
-        advance(f"{folder.name} {stage}")
+        bar.set_postfix_str(f"{folder.name} {stage}")
+        bar.update()
 
 
 # the results
 
-def rows_of(folder: Path, setting, seed, args):
+def rows_of(folder: Path, args):
     """Yield the rows of a finished run: one for each place in the SiT's training, one more with guidance."""
     done, rfid, probe, gfid = (json.loads((folder / f"{name}.json").read_text())
                                for name in ("done", "rfid", "probe", "gfid"))
-    parts = {"rfid": rfid, **probe["vaes"][0]}
-    common = {"data": args.data, "setting": setting, "seed": seed, "vae_steps": args.vae_steps,
+    parts, (setting, _, seed) = {"rfid": rfid, **probe["vaes"][0]}, folder.name.rpartition("-")
+    common = {"data": args.data, "setting": setting, "seed": int(seed), "vae_steps": args.vae_steps,
               "seconds": round(sum(done.values())), "commit": rfid["versions"]["commit"]}
     # a folder without classes has no class accuracy
     common |= {name: parts[part].get(key, "") for name, (part, key) in MEASURES.items()}
@@ -152,6 +153,17 @@ def rows_of(folder: Path, setting, seed, args):
         cfg, step = Path(path).parent.name.removeprefix("cfg").split("-")
         yield common | {"guidance": int(cfg), "sit_steps": int(step), "samples": numbers["n"],
                         **{name: numbers.get(name, "") for name in OUTCOMES}}
+
+
+def write_results(out: Path, args) -> list[dict]:
+    """Write results.csv of all finished runs in `out`, also those of earlier calls; return its rows."""
+    rows = [row for setting in SETTINGS for file in sorted(out.glob(f"{setting}-[0-9]*/gfid.json"))
+            for row in rows_of(file.parent, args)]
+    with open(out / "results.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return rows
 
 
 def spread(values: list) -> str:
@@ -163,7 +175,7 @@ def spread(values: list) -> str:
 def correlation(x, y) -> str:
     """Return Pearson's and Spearman's r of two measures, with a 95 % bootstrap interval over the points."""
     points, words = np.array([x, y]), []
-    draws = [points[:, index] for index in np.random.default_rng(0).integers(len(x), size=(2000, len(x)))]
+    draws = [points[:, index] for index in np.random.default_rng(0).integers(len(x), size=(1000, len(x)))]
     draws = [draw for draw in draws if np.ptp(draw, axis=1).all()]  # one point, drawn n times, has no r
     for measure in (stats.pearsonr, stats.spearmanr):
         low, high = np.percentile([measure(*draw).statistic for draw in draws], [2.5, 97.5])
@@ -199,48 +211,39 @@ def tables(rows: list[dict]) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Path(args.out).resolve()
-    if args.data != "shapes" and not (Path(args.data) / "train" / "attributes.csv").is_file():
-        raise FileNotFoundError(f"--data {args.data}: no train/attributes.csv in it")
+    out, given = Path(args.out).resolve(), {key: getattr(args, key) for key in KEPT}
+    if args.data != "shapes" and not all((Path(args.data) / part).exists() for part in WANTED):
+        raise FileNotFoundError(f"--data {args.data}: want {', '.join(WANTED)} in it")
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != given:
+        raise RuntimeError(f"{out} was made with {kept.read_text()}, not {given}; give another --out")
+    kept.write_text(json.dumps(given))
     # Networks so small are slower with two threads. glibc keeps its memory between steps.
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-                   "MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
-    runs = [(setting, seed, out / f"{setting}-{seed}") for seed in args.seeds for setting in args.settings]
-    starts = [(None, seed, out / f"pretrained-{seed}") for seed in args.seeds]
-    count = sum(len(stages(*each, args)) for each in starts + runs)
-    rows, failures = [], []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "268435456",
+                   "MALLOC_TRIM_THRESHOLD_": "1073741824"} | dict(os.environ)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
 
+    phases = [{out / f"{setting or 'pretrained'}-{seed}": (setting, seed)
+               for seed in args.seeds for setting in settings} for settings in ([None], args.settings)]
+    count = sum(len(stages(*run, folder, args)) for runs in phases for folder, run in runs.items())
+    failures = []
     with tqdm(total=count, desc="study", dynamic_ncols=True) as bar, ThreadPoolExecutor(args.jobs) as pool:
-        def advance(text):
-            bar.set_postfix_str(text)
-            bar.update()
-
-        def run(setting, seed, folder):
-            make(folder, stages(setting, seed, folder, args), advance)
-            return [*rows_of(folder, setting, seed, args)] if setting else []
-
         try:
-            for done in [pool.submit(run, *each) for each in starts]:
-                done.result()  # without it no run of its seed can begin
-            for done in as_completed([pool.submit(run, *each) for each in runs]):
-                if done.exception():  # the others go on
-                    failures.append(str(done.exception()))
-                    continue
-                rows = sorted([*rows, *done.result()], key=lambda row: (
-                    row["seed"], [*SETTINGS].index(row["setting"]), row["guidance"], row["sit_steps"]))
-                with open(out / "results.csv", "w", newline="") as file:
-                    table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                    table.writeheader()
-                    table.writerows(rows)
-        except BaseException:
+            for runs in phases:
+                for done in as_completed([pool.submit(make, folder, stages(*run, folder, args), bar)
+                                          for folder, run in runs.items()]):
+                    failures += [str(done.exception())] if done.exception() else []  # the others go on
+                    rows = write_results(out, args)
+        except BaseException as error:
             stopping.set()
-            [process.terminate() for process in tuple(running)]  # trainers save
+            if not isinstance(error, KeyboardInterrupt):  # a Ctrl-C has reached them already
+                [process.terminate() for process in tuple(running)]  # trainers save
             pool.shutdown(cancel_futures=True)
             raise
     if rows:
-        print(tables(rows))
         (out / "tables.md").write_text(tables(rows))
+        print((out / "tables.md").read_text())
     if failures:
         raise RuntimeError("\n".join(failures))
 

@@ -206,11 +206,11 @@ def parse_args(argv=None):
     add("--projector-dim", type=positive, default=2048,  # as REPA's projector
         help="hidden width of the mapper's MLP")
     # The paper, Table 3. VA-VAE has neither of the two.
-    add("--mapper-noise", choices=("on", "off"),
-        help="noise the latent before the mapper; default: on, of a linear one off")
-    add("--mapper-norm", choices=("on", "off"),  # not in the paper; REPA-E has it
+    add("--mapper-noise", choices=("auto", "on", "off"), default="auto",
+        help="noise the latent before the mapper; auto: on, off for a linear one")
+    add("--mapper-norm", choices=("auto", "on", "off"), default="auto",  # not in the paper; REPA-E has it
         help="BatchNorm of the latent before noise and mapper, as REPA-E; off: eq. 1 on the raw latent; "
-             "default: on, of a linear one off")
+             "auto: on, off for a linear one")
     add = parser.add_argument_group("loss (weights; 0 = off)").add_argument
     add("--align", type=float, default=1.0,  # the paper; REPA-E has 1.5
         help="alignment, mean(1 - cos); 0: a plain KL-VAE")
@@ -250,7 +250,8 @@ def parse_args(argv=None):
     args.image_size = args.image_size or data.default_size(args.data)
     args.bn_group = min(args.bn_group, args.batch_size)  # a smaller batch is one group
     for flag in ("mapper_noise", "mapper_norm"):
-        setattr(args, flag, getattr(args, flag) or ("on" if args.mapper == "vit" else "off"))
+        if getattr(args, flag) == "auto":
+            setattr(args, flag, "on" if args.mapper == "vit" else "off")
     return args
 
 

@@ -9,7 +9,7 @@ Without root: `apt-get download openclipart-png openclipart-svg`, `dpkg -x FILE.
 
 A class is a folder of the library (birds, flags, fruit ...) with at least --least pictures. Attributes are
 the keywords in its SVG files, those that 1 to 50 % of the train pictures have: train/attributes.csv. Pictures
-are put on white, squared and scaled to 64 pixels. Every fifth picture of a class goes to val.
+are put on white squares of 64 pixels, scaled down where they are larger. Every fifth of a class goes to val.
 """
 import argparse
 import collections
@@ -46,6 +46,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default="data/clipart", help="folder to write")
     parser.add_argument("--least", type=int, default=50, help="pictures that a class must have")
     args = parser.parse_args(argv)
+    if (args.out / "train").exists():
+        parser.error(f"--out {args.out} is there already: remove it, or give another")
     classes = collections.defaultdict(list)
     for path in sorted(args.source.glob("png/**/*.png")):
         classes[path.parent.name].append(path)

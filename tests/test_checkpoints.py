@@ -28,6 +28,7 @@ import sit
 import vae
 from checkpoints import load_discriminator, load_mapper, load_sit, load_vae, newest, read_statistics
 from losses import PatchDiscriminator
+from mapper import MapperConfig
 
 MEAN, STD = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([0.25, 2.0, 4.0, 0.5])
 VAE_STATE, SIT_STATE = small_vae().state_dict(), small_sit().state_dict()
@@ -84,6 +85,13 @@ def test_our_vae_and_mapper_load_with_their_own_configuration(tmp_path):
         assert same(loaded, theirs.state_dict()) and loaded.config == theirs.config and not loaded.training
     small_vae_checkpoint(tmp_path, raw, ema=ema.state_dict())
     assert same(load_vae(tmp_path), ema.state_dict())
+
+
+def test_an_old_linear_mapper_is_read_as_it_was_trained(tmp_path):
+    """Its config says norm and noise, which a linear one did not heed."""
+    mapper, z = small_mapper(kind="linear", norm=False, noise=False), torch.randn(2, 4, 8, 8)
+    small_vae_checkpoint(tmp_path, None, mapper, mapper_config=asdict(MapperConfig(4, 8, 16, kind="linear")))
+    assert torch.equal(load_mapper(tmp_path)(z), mapper.proj(z).flatten(2).mT)
 
 
 def test_the_newest_readable_checkpoint_counts_by_number_and_damaged_ones_are_named(tmp_path, capsys):

@@ -123,6 +123,18 @@ def test_a_larger_number_goes_on_from_a_smaller_one(drawn, tmp_path, monkeypatch
     assert (tmp_path / "numpy.npz").read_bytes() == whole["samples.npz"]
 
 
+def test_a_last_part_that_another_number_has_drawn_is_drawn_anew(drawn, tmp_path, monkeypatch):
+    flags, whole = drawn
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.Parts, "save_npz", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(sample, f"{flags} --num 13 --out {tmp_path}")
+    run(sample, f"{flags} --num 11 --out {tmp_path}")
+    ours = data.ArrayImages(tmp_path / "samples.npz")
+    assert len(ours) == len(ours.labels) == 11
+    (tmp_path / "whole.npz").write_bytes(whole["samples.npz"])
+    assert (ours.images == data.ArrayImages(tmp_path / "whole.npz").images[:11]).all()
+
+
 def test_classes_are_drawn_by_name_or_number_and_shown_in_columns(trained, tmp_path, capsys):
     """Of 30 classes: those that were asked for, ten of them, or all."""
     vae, names = checkpoints.load_vae(trained.vae), [f"n{i:02d}" for i in range(29)] + ["3"]

@@ -22,7 +22,7 @@ import data
 import plot
 import study
 
-SHORT = ["--seeds", "10", "--vae-steps", "5", "--sit-steps", "8", "--samples", "4"]
+SHORT = ["--seeds", "10", "--vae-steps", "5", "--sit-steps", "8", "--samples", "10"]
 
 
 def test_commands_parse_and_settings_differ_in_the_alignment_alone(tmp_path):
@@ -40,7 +40,7 @@ def test_commands_parse_and_settings_differ_in_the_alignment_alone(tmp_path):
     assert all(flags == shared[0] for flags in shared) and len(trained) == 13
     for kind in ("linear", "depth0", "depth1", "depth2"):
         assert trained[kind]["mapper_noise"] == "off" and trained[f"{kind}+noise"]["mapper_noise"] == "on"
-        assert trained[kind]["align"] == trained[f"{kind}+noise"]["align"] == study.WEIGHT
+        assert trained[kind]["align"] == trained[f"{kind}+noise"]["align"] == 0.2
     assert trained["plain"]["align"] == 0 and trained["depth1+noise@0.8"]["align"] == 0.8
     assert [trained[f"depth{n}"]["mapper_depth"] for n in range(3)] == [0, 1, 2]
     assert trained["linear"]["mapper"] == "linear"
@@ -50,8 +50,8 @@ def test_commands_parse_and_settings_differ_in_the_alignment_alone(tmp_path):
 def test_wrong_usage_is_said_before_anything_runs(wrong, capsys):
     with pytest.raises(SystemExit, match="2"):
         study.parse_args(wrong)
-    assert wrong[0].strip("-") in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="nowhere: no train/attributes.csv"):
+    assert wrong[0] in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(FileNotFoundError, match="nowhere: want train/attributes.csv, val in it"):
         study.main(["--data", "nowhere"])
 
 
@@ -64,7 +64,6 @@ def stand_in(folder, script):
 
 
 RESULTS = """
-setting = out.parent.name if out.suffix else out.parent.name
 good = {"plain": 0, "linear": 1, "depth0": 2, "depth1": 3}[out.parent.name.rpartition("-")[0] or "plain"]
 facts = {"rfid.json": {"psnr_db": 20.0, "fd": 9.0, "versions": {"commit": "abc"}},
          "probe.json": {"vaes": [{"flat": {"macro_f1": 0.5 + good / 10}, "latent": {"effective_rank": 5.0},
@@ -106,16 +105,21 @@ def test_results_tables_and_charts_and_nothing_is_done_twice(tmp_path, at_work, 
     assert len(ran.splitlines()) == 1 + 4 * 11
     study.main(command)
     assert (tmp_path / "ran.txt").read_text() == ran and capsys.readouterr().out == table
+    study.main([*command, "--settings", "linear"])  # the others stay in the results
+    assert len(list(csv.DictReader((tmp_path / "out/results.csv").open()))) == 20
+    with pytest.raises(RuntimeError, match='"vae_steps": 5.*give another --out'):
+        study.main([*command, "--vae-steps", "6"])
     results, picture = tmp_path / "out/results.csv", tmp_path / "chart.png"
-    plot.main(["study", str(results), "--keys", "fd", "--out", str(picture)])
+    plot.main(["study", str(results), "--out", str(picture)])
     assert np.asarray(Image.open(picture)).std() > 5
-    line = plot.draw_study(results, "sit_steps", ["fd"]).axes[0].lines[3]
-    assert line.get_xydata().tolist() == [[2, 26.75], [4, 26.5], [6, 26.25], [8, 26.0]]
-    points = plot.draw_study(results, "f1_pooled", ["fd", "f1_flat"]).axes[0].lines
+    lines = plot.draw_study([results], ["fd", "class_accuracy"], "sit_steps").axes  # no value: no panel
+    assert len(lines) == 1 and lines[0].lines[3].get_xydata().tolist() == [
+        [2, 26.75], [4, 26.5], [6, 26.25], [8, 26.0]]
+    points = plot.draw_study([results], ["fd", "f1_flat"], "f1_pooled").axes[0].lines
     assert [point.get_xydata().tolist() for point in points] == [
         [[0.0, 29.0]], [[0.1, 28.0]], [[0.4, 27.0]], [[0.9, 26.0]]]
     (tmp_path / "empty.csv").write_text("guidance\n")
-    with pytest.raises(ValueError, match="empty.csv: no row"):
+    with pytest.raises(ValueError, match="empty.csv: .*study.py writes it"):
         plot.main(["study", str(tmp_path / "empty.csv")])
 
 
@@ -158,9 +162,12 @@ def test_pictures_of_runs_side_by_side(tmp_path):
         colours = np.random.default_rng(0).integers(0, 255, (80, 8, 8, 3), np.uint8)
         data.save_npz(tmp_path / name / "cfg2-8/samples.npz", colours, np.zeros(80, np.int64))
         Image.fromarray(colours[0]).save(tmp_path / name / "vae/reconstructions_0000008.png")
-    plot.main(["runs", str(tmp_path / "plain-10"), str(tmp_path / "depth1-10"), "--out",
-               str(tmp_path / "runs.png")])
+    folders = [str(tmp_path / name) for name in ("plain-10", "depth1-10")]
+    plot.main(["runs", *folders, "--out", str(tmp_path / "runs.png")])
     assert np.asarray(Image.open(tmp_path / "runs.png")).std() > 5
+    drawn = [axis.images[0].get_array() for axis in plot.draw_runs(folders).axes]
+    assert len(drawn) == 4 and drawn[0].shape == (8, 8, 3) and drawn[1].shape == (64, 80, 3)
+    assert (drawn[3][8:16, 16:24] == colours[12]).all()  # second line, third of ten
     with pytest.raises(ValueError, match="nothing: no vae/reconstructions"):
         plot.main(["runs", str(tmp_path / "nothing")])
 
@@ -190,5 +197,6 @@ def test_clip_art_becomes_a_folder_with_classes_and_attributes(tmp_path, capsys)
     assert (np.asarray(Image.open(tmp_path / "set/train/flags/0.png")) == 255).all()  # transparent: white
     opened = data.open_dataset(str(tmp_path / "set/train"), 32)
     assert opened.class_names == ["birds", "flags"] and len(opened) == 16
-    with pytest.raises(SystemExit, match="2"):
-        main(["--source", str(tmp_path / "set")])
+    for source, out in (("set", "other"), ("clip", "set")):  # no pictures; a set is there already
+        with pytest.raises(SystemExit, match="2"):
+            main(["--source", str(tmp_path / source), "--out", str(tmp_path / out)])

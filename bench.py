@@ -13,7 +13,7 @@
 Weights and inputs are random, which makes no step slower or faster. The images are on the device already:
 what it costs to read them is in a run's log.jsonl (data_wait_percent). FLOPs are those of one step, by
 torch's counter; a multiply-add is 2. MFU is their share of what the device reaches in a product of
-matrices of side 8192 (CPU: 2048), in the type of --dtype (peak_tflops).
+matrices of side 8192 (CPU: 512), in the type of --dtype (peak_tflops).
 """
 import json
 import time
@@ -121,7 +121,7 @@ def main(argv=None):
     dtype, on_cuda = common.resolve_dtype(args.dtype, proc.device), proc.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     # what the device reaches in a matrix product
-    a = torch.randn(2 * [8192 if on_cuda else 2048], device=proc.device, dtype=dtype)
+    a = torch.randn(2 * [8192 if on_cuda else 512], device=proc.device, dtype=dtype)
     peak = 2 * len(a)**3 / time_steps(lambda: a @ a, 3, proc.device)[1][0] / 1e12
     for stage, compiled in product(args.stage, args.compile or (["off", "on"] if on_cuda else ["off"])):
         common.setup(args.device)  # allows TF32 again, where the stage before did not

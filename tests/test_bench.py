@@ -53,7 +53,7 @@ def test_flops_are_those_of_the_layers_also_of_attention(monkeypatch, capsys):
         convolution(x).sum().backward()  # no gradient for x: as much again as forward
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     monkeypatch.setattr(bench, "make_step", lambda *given: step)
-    bench.main(["--stage", "vae", *TINY, "--dtype", "bf16"])
+    bench.main(["--stage", "vae", *TINY])
     row = json.loads(capsys.readouterr().out)
     flops = 2 * 2 * (4 * 64 * 32 * 9 * 32 * 32) + 2 * 2 * (8 * 512 * 512 * 64)
     assert row["tflop_per_s"] * row["step_ms"] * 1e9 == pytest.approx(flops, rel=0.01)

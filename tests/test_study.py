@@ -115,6 +115,7 @@ def test_results_tables_and_charts_and_nothing_is_done_twice(tmp_path, at_work, 
     lines = plot.draw_study([results], ["fd", "class_accuracy"], "sit_steps").axes  # no value: no panel
     assert len(lines) == 1 and lines[0].lines[3].get_xydata().tolist() == [
         [2, 26.75], [4, 26.5], [6, 26.25], [8, 26.0]]
+    plot.main(["study", str(results), "--x", "f1_pooled", "--keys", "fd,f1_flat", "--out", str(picture)])
     points = plot.draw_study([results], ["fd", "f1_flat"], "f1_pooled").axes[0].lines
     assert [point.get_xydata().tolist() for point in points] == [
         [[0.0, 29.0]], [[0.1, 28.0]], [[0.4, 27.0]], [[0.9, 26.0]]]

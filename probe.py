@@ -3,7 +3,7 @@
     python probe.py --data data/celeba --vae out/a/vae out/b/vae     # side by side: flattened, pooled latents
     python probe.py --data shapes --vae out/send/vae --mapper        # also the tokens of the mapper
     python probe.py --data shapes --sit out/sit --block 4 --t 0.3    # also those of a SiT
-    python probe.py --data pictures --classes                        # a folder of class folders
+    python probe.py --data pictures/train --classes                     # a folder of class folders
     python probe.py --report out/*/vae                               # a table of all measures, a PCA picture
 
 Protocol: posterior means, standardised by the train split; logistic regression fitted on the train split; one

@@ -222,7 +222,7 @@ def main(argv=None):
     # Networks so small are slower with two threads. glibc keeps its memory between steps.
     os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "268435456",
                    "MALLOC_TRIM_THRESHOLD_": "1073741824"} | dict(os.environ)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command continues"))
 
     phases = [{out / f"{setting or 'pretrained'}-{seed}": (setting, seed)
                for seed in args.seeds for setting in settings} for settings in ([None], args.settings)]
@@ -253,7 +253,7 @@ def run_main():
     try:
         main()
     except (RuntimeError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {str(error) or 'stopped; the same command goes on'}")
+        sys.exit(f"error: {str(error) or 'stopped; the same command continues'}")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_a_stop_ends_the_commands_and_they_are_not_done(tmp_path):
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
     error = run.communicate(timeout=60)[1]
-    assert run.returncode == 1 and "the same command goes on" in error and "Traceback" not in error
+    assert run.returncode == 1 and "the same command continues" in error and "Traceback" not in error
     assert (tmp_path / "saved").exists() and not (tmp_path / "out/pretrained-10/done.json").exists()
 
 

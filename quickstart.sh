@@ -22,7 +22,7 @@ elif [ "$DEVICE" = cuda ] || { [ "$DEVICE" = auto ] && nvidia-smi -L > /dev/null
   OUT="${1:-out/long}" DEVICE=cuda batch=256 compile=auto  # a GPU has room for more
   PRETRAIN_STEPS="${PRETRAIN_STEPS:-1000}" VAE_STEPS="${VAE_STEPS:-3000}" SIT_STEPS="${SIT_STEPS:-8000}"
   vae="--vae small --lr 4e-3" sit="--model S/2 --lr 1e-3"
-else  # two to three hours on two CPU cores; latents of 8 x 8
+else  # about two hours on two CPU cores; latents of 8 x 8
   OUT="${1:-out/long}"
   PRETRAIN_STEPS="${PRETRAIN_STEPS:-1500}" VAE_STEPS="${VAE_STEPS:-6000}" SIT_STEPS="${SIT_STEPS:-16000}"
   vae="--vae small --lr 4e-3" sit="--model small/2 --lr 5e-3"

@@ -7,7 +7,8 @@
 #   ./quickstart.sh long                     # writes out/long/: larger networks, more steps, better pictures
 set -euo pipefail
 cd "$(dirname "$0")"
-refuse() { echo "error: $1; usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] ./quickstart.sh [long] [DIR]" >&2; exit 2; }
+refuse() { echo "error: $1; usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] [SAMPLES=1000]" \
+  "[PRETRAIN_STEPS=n] [VAE_STEPS=n] [SIT_STEPS=n] ./quickstart.sh [long] [DIR]" >&2; exit 2; }
 recipe=short
 if [ "${1:-}" = long ]; then recipe=long; shift; fi
 case "${1:-}" in -*) refuse "$1 is no folder";; esac
@@ -48,9 +49,12 @@ if [ -n "${PYTHON:-}" ]; then  # an interpreter that has the packages already
   check_version "$PYTHON"
 else
   PYTHON=.venv/bin/python
-  [ -x "$PYTHON" ] || { check_version python3; python3 -m venv .venv; }
+  if [ ! -x "$PYTHON" ]; then
+    check_version python3
+    echo "making .venv and installing requirements.txt into it: a minute or more"
+    python3 -m venv .venv
+  fi
   check_version "$PYTHON"
-  echo "installing requirements.txt into .venv (about a minute the first time, then nothing is left to do)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "$OUT is no folder that can be written"

@@ -233,7 +233,7 @@ def report_error(error: BaseException) -> int:
     elif isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError)):
         code = 2
     elif isinstance(error, torch.OutOfMemoryError):
-        text = f"{text.partition('. ')[0]}; try a smaller --micro-batch-size or --batch-size"
+        text = f"{text.partition('. ')[0]}; try a smaller --batch-size, or --micro-batch-size 8 --bn-group 8"
     elif not isinstance(error, (RunStopped, OSError)):
         traceback.print_exception(error)
     if text.startswith("Caught "):  # in a loader's worker: torch puts the whole traceback into the text
@@ -272,7 +272,7 @@ def add_training_flags(parser, log_every: int, save_every: int) -> None:
     add("--cooldown", type=natural, default=0, help="last steps over which lr falls to 0")
     add("--beta2", type=float, default=0.999, help="AdamW's decay of squared gradients; .99 for short runs")
     add("--grad-clip", type=float, default=1.0, help="gradient norm; 0 = off")
-    add("--micro-batch-size", type=natural, default=0, help="images per forward and device; 0 = all at once")
+    add("--micro-batch-size", type=natural, default=0, help="images at once; 0 = all, VAE: what fits 80 GB")
     add_compile_flag(parser)
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
     add = parser.add_argument_group("logging and saving").add_argument

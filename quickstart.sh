@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded data set, on a fresh machine, CPU or GPU. Nothing is downloaded but packages.
-# A VAE is trained from scratch, then fine-tuned with and without alignment for as many steps (Send-VAE is a
-# fine-tune). For both: latents, a SiT, samples, Frechet distance, probe. In the end: a report.
+# A VAE is trained from scratch, then fine-tuned twice, for equally many steps: with alignment (Send-VAE) and
+# without. For both: latents, a SiT, samples, Frechet distance, probe. In the end: a report.
 #   ./quickstart.sh                          # writes out/quickstart/; the same command continues after a stop
 #   SEED=1 ./quickstart.sh out/quickstart1   # another seed, into another folder
 #   ./quickstart.sh long                     # writes out/long/: larger networks, more steps, better pictures
+#   PYTHON=python ./quickstart.sh            # an interpreter that has the packages; no .venv is made
 set -euo pipefail
 cd "$(dirname "$0")"
 refuse() { echo "error: $1; usage: [SEED=0] [DEVICE=auto|cuda|mps|cpu] [SAMPLES=1000]" \

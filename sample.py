@@ -35,7 +35,7 @@ def parse_args(argv=None):
     add("--latent-stats", help="for published SiTs: file, or 0.18215 for SD-VAE; default: in the SiT's file")
     add("--cfg", type=float, default=1.0, help="guidance scale, all channels; 1 = off")
     add("--cfg-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),
-        help="noise times with guidance, inclusive (1 = pure noise); the paper's runs: 0 0.75")
+        help="noise times with guidance, inclusive (1 = pure noise); E2E-VAVAE's: 0 0.75")
     add("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, or the ODE")
     add("--steps", type=positive, default=250, help="solver steps")
     # The long name is for torchrun, whose own parser takes --num for an abbreviation of one of its flags.

@@ -6,9 +6,9 @@
     python study.py --settings plain depth1+noise --seeds 10 11 12 13
 
 Settings: plain (no alignment); the mapper is linear, or non-linear with 0, 1 or 2 ViT blocks; +noise: it sees
-the latent noised as in flow matching; @W: alignment weight W for the default one. Every setting has the same
-steps, teacher, judge and seeds, and starts from the same pretrained VAE of its seed. Every run is made by the
-project's own commands. The same command goes on after a stop; finished runs are not made again.
+the latent noised as in flow matching; @W: alignment weight W, not 0.2. Every setting has the same steps,
+teacher, judge and seeds, and starts from the same pretrained VAE of its seed. Every run is made by the
+project's own commands. The same command goes on after a stop; finished commands are not run again.
 
 Writes results.csv (a row per run and per place in the SiT's training) and tables.md, of all finished runs in
 --out. plot.py draws the csv. Read: SETTINGS -> stages -> make -> rows_of -> tables -> main.

@@ -1,8 +1,9 @@
 """The report of ./quickstart.sh: plain VAE and Send-VAE side by side, in a table and in pictures.
 
 Both are fine-tunes of one pretrained VAE, without and with alignment to the shapes teacher (by a mapper
-without noise), for as many steps, on the same data and seed. A SiT is trained on the latents of each, again
-for as many steps. The judge, in whose features FD and class accuracy are measured, was trained by neither.
+without noise), for equally many steps, on the same data and seed. A SiT is trained on the latents of each,
+again for equally many steps. The judge, in whose features FD and class accuracy are measured, was trained
+by neither.
 
     python -m shapes.report out/quickstart                 # writes report.md and its pictures
     python -m shapes.report out/seed0 out/seed1 out/seed2  # prints mean and standard deviation over runs

@@ -1,4 +1,4 @@
-"""Make a data set of real pictures: Open Clip Art Library 0.18, 8,121 drawings, public domain, from Debian.
+"""Make a data set of drawings by people, of Open Clip Art Library 0.18: 8,121, public domain, from Debian.
 
     sudo apt-get install openclipart-png openclipart-svg          # 156 MB; Debian, Ubuntu
     python study/clipart.py                       # writes data/clipart/{train,val}/CLASS/*.png
@@ -7,9 +7,10 @@
 Without root: `apt-get download openclipart-png openclipart-svg`, `dpkg -x FILE.deb clip` for both, and
 `python study/clipart.py --source clip/usr/share/openclipart`.
 
-A class is a folder of the library (birds, flags, fruit ...) with at least --least pictures. Attributes are
-the keywords in its SVG files, those that 1 to 50 % of the train pictures have: train/attributes.csv. Pictures
-are put on white squares of 64 pixels, scaled down where they are larger. Every fifth of a class goes to val.
+A class is all folders of one name (birds, flags, fruit ...) with at least --least pictures; stars, drawn by
+a program, are left out. Attributes are the keywords in the SVG files, those that 1 to 50 % of the train
+pictures have: train/attributes.csv. Pictures are put on white squares of 64 pixels, scaled down where they
+are larger. Every fifth of a class goes to val. Of two pictures of a class with one name the first is taken.
 """
 import argparse
 import collections
@@ -48,9 +49,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.out / "train").exists():
         parser.error(f"--out {args.out} is there already: remove it, or give another")
-    classes = collections.defaultdict(list)
+    classes = collections.defaultdict(dict)
     for path in sorted(args.source.glob("png/**/*.png")):
-        classes[path.parent.name].append(path)
+        classes[path.parent.name].setdefault(path.name, path)
     classes.pop("stars", None)  # 1,378 rings and rays that a program drew, nearly white
     classes = {name: paths for name, paths in classes.items() if len(paths) >= args.least}
     if not classes:
@@ -59,7 +60,7 @@ def main(argv=None):
     for name, paths in classes.items():
         for split in ("train", "val"):
             (args.out / split / name).mkdir(parents=True, exist_ok=True)
-        for number, path in enumerate(paths):
+        for number, path in enumerate(paths.values()):
             split = "val" if number % 5 == 4 else "train"
             squared(path).save(args.out / split / name / path.name)
             if split == "train":

@@ -95,7 +95,7 @@ def draw_study(files: list, keys: list[str], x: str):
 def draw_runs(folders: list, *_):
     """Return a figure: a line per run of study.py, its last picture of reconstructions and its samples."""
     from matplotlib.image import imread
-    figure, panel = new_figure(2 * len(folders), width=8.0, height=2.6)
+    figure, panel = new_figure(2 * len(folders), width=4.8, height=2.6)
     for folder in map(Path, folders):
         drawn, pictures = [*folder.glob("cfg2-*/samples.npz")], sorted(folder.glob("vae/recon*.png"))
         if not drawn or not pictures:

@@ -198,14 +198,14 @@ def tables(rows: list[dict]) -> str:
         cells = " | ".join(spread(values(setting, *column)) for column in columns)
         lines.append(f"| {setting} | {len(values(setting, 'fd'))} | {cells} |")
     if len(settings) > 3:
-        lines += ["", f"Correlation with the Fréchet distance of samples (no guidance, {last} steps) over "
-                  f"the means of {len(settings)} settings, with a 95 % bootstrap interval:", "",
-                  "| measure | Pearson's r | Spearman's r |", "|---|---|---|"]
-        distance = [statistics.mean(values(setting, "fd")) for setting in settings]
-        for name in MEASURES:
-            means = [statistics.mean(values(setting, name) or [np.nan]) for setting in settings]
-            if np.ptp(means) > 0:  # not without a value, nor with one for all
-                lines.append(f"| {name} | {correlation(means, distance)} |")
+        means = {name: [statistics.mean(values(setting, name) or [np.nan]) for setting in settings]
+                 for name in (*MEASURES, *OUTCOMES)}
+        for outcome in (name for name in OUTCOMES if np.ptp(means[name]) > 0):  # without a value: nan
+            lines += ["", f"Correlation with {outcome} of samples (no guidance, {last} steps) over the means "
+                      f"of {len(settings)} settings, with a 95 % bootstrap interval:", "",
+                      "| measure | Pearson's r | Spearman's r |", "|---|---|---|"]
+            lines += [f"| {name} | {correlation(means[name], means[outcome])} |"
+                      for name in MEASURES if np.ptp(means[name]) > 0]
     return "\n".join(lines) + "\n"
 
 

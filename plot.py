@@ -67,7 +67,8 @@ def draw_curves(logs: list, keys: list[str], _x=None):
 
 
 def draw_study(files: list, keys: list[str], x: str):
-    """Return a figure of study.py's results.csv, without guidance: a panel per name, a colour per setting.
+    """Return a figure of study.py's results.csv, without guidance: a panel per name, a colour per setting;
+    with noise dashed and hollow.
 
     Over x = sit_steps a line through the means of the seeds; over another measure a point per seed, at the
     last step. Names without a value are left out: a study of pictures has no class accuracy.
@@ -77,17 +78,17 @@ def draw_study(files: list, keys: list[str], x: str):
         last = max(int(row["sit_steps"]) for row in rows)
         rows = [row for row in rows if row[x] and (x == "sit_steps" or int(row["sit_steps"]) == last)]
     keys = [key for key in keys if any(row.get(key) for row in rows)]
+    bases = list(dict.fromkeys(row["setting"].replace("+noise", "") for row in rows))
     figure, panel = new_figure(len(keys), height=5.0)
     for key in keys:
         axis = panel(xlabel=x, ylabel=key)
-        for i, setting in enumerate(dict.fromkeys(row["setting"] for row in rows)):
-            points = {}
-            for row in rows:
-                if row["setting"] == setting:
-                    points.setdefault(float(row[x]), []).append(float(row[key]))
-            means = [statistics.mean(points[place]) for place in sorted(points)]
-            style = "os^D"[i % 4] + "-" * (x == "sit_steps")
-            axis.plot(sorted(points), means, style, color=f"C{i % 10}", label=setting)
+        for setting in dict.fromkeys(row["setting"] for row in rows):
+            points = [(float(row[x]), float(row[key])) for row in rows if row["setting"] == setting]
+            places = sorted({place for place, _ in points})
+            means = [statistics.mean(value for at, value in points if at == place) for place in places]
+            i, noise = bases.index(setting.replace("+noise", "")), "+noise" in setting
+            axis.plot(places, means, "os^D"[i % 4], linestyle=("-", "--")[noise] if x == "sit_steps" else "",
+                      color=f"C{i % 10}", markerfacecolor="none" if noise else f"C{i % 10}", label=setting)
         axis.legend(fontsize="small")
     return figure
 

@@ -895,7 +895,7 @@ class LatentFolder(Shards):
     on_disk = True
 
     def __init__(self, path):
-        path, file, advice = Path(path), Path(path) / "meta.json", "want --latents DIR, made by encode.py"
+        path, file, advice = Path(path), Path(path) / "meta.json", "want --latents DIR; run encode.py"
         with one_line(path, advice):
             facts = read_facts(file, {"format": LATENTS_FORMAT}, advice)
             facts |= {key: str(facts[key]) for key in ("vae", "vae_hash", "data")}

@@ -38,7 +38,7 @@ def test_encode_repairs_what_a_fault_left_and_with_check_what_has_changed(encode
     (folder / "moments.json").write_text('{"of": "another program"}')
     for name in ("moments-00002.json", "labels.npy", "meta.json"):
         (folder / name).write_bytes(b'{"vae_hash": "0')
-    with pytest.raises(ValueError, match="meta.json: .*encode.py again"):
+    with pytest.raises(ValueError, match="meta.json: .*; run encode.py"):
         data.LatentFolder(folder)
     np.load(folder / "moments-00001.npy", mmap_mode="r+")[3, 0, 0, 0] += 0.25
     run(encode, flags)

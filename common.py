@@ -233,7 +233,7 @@ def report_error(error: BaseException) -> int:
     elif isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError)):
         code = 2
     elif isinstance(error, torch.OutOfMemoryError):
-        text = f"{text.partition('. ')[0]}; try a smaller --batch-size, or --micro-batch-size 8 --bn-group 8"
+        text = f"{text.partition('. ')[0]}; try a smaller --batch-size, --micro-batch-size, --bn-group (VAE)"
     elif not isinstance(error, (RunStopped, OSError)):
         traceback.print_exception(error)
     if text.startswith("Caught "):  # in a loader's worker: torch puts the whole traceback into the text

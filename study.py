@@ -1,6 +1,6 @@
 """The paper's claims on your machine: a VAE, fine-tuned in many ways; a SiT on each; equal measures for all.
 
-    python study.py                                       # the embedded set; 2 CPU cores: some hours
+    python study.py                                       # the embedded set; 2 CPU cores: 2.7 hours
     python study.py --jobs 8                              # one GPU: so many runs share it
     python study.py --data data/clipart --out out/clipart # a folder with train/, val/, train/attributes.csv
     python study.py --settings plain depth1+noise --seeds 10 11 12 13

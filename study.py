@@ -184,7 +184,7 @@ def correlation(x, y) -> str:
 
 
 def tables(rows: list[dict]) -> str:
-    """Return Markdown: all measures of every setting, then the correlations with the samples' distance."""
+    """Return Markdown: all measures of every setting, then the correlations with the samples' outcomes."""
     last = max(row["sit_steps"] for row in rows)
 
     def values(setting, measure, guidance=1):

@@ -31,11 +31,11 @@ def parse_args(argv=None):
 
 
 def new_figure(panels: int, width=6.0, height=3.0):
-    """Return a figure for so many panels, two in a line, and a function that adds the next panel."""
+    """Return a figure for so many panels, up to two in a line, and a function that adds the next panel."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
-    lines = (panels + 1) // 2
-    figure = Figure((2 * width, height * lines), layout="constrained")
-    return figure, lambda **how: figure.add_subplot(lines, 2, len(figure.axes) + 1, **how)
+    lines, columns = (panels + 1) // 2, min(panels, 2)
+    figure = Figure((width * columns, height * lines), layout="constrained")
+    return figure, lambda **how: figure.add_subplot(lines, columns, len(figure.axes) + 1, **how)
 
 
 def read_curve(log, key: str) -> dict[int, float]:

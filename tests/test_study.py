@@ -64,7 +64,8 @@ def stand_in(folder, script):
 
 
 RESULTS = """
-good = {"plain": 0, "linear": 1, "depth0": 2, "depth1": 3}[out.parent.name.rpartition("-")[0] or "plain"]
+name = out.parent.name.rpartition("-")[0] or "plain"
+good = ["plain", "linear", "depth1", "depth1+noise"].index(name)
 facts = {"rfid.json": {"psnr_db": 20.0, "fd": 9.0, "versions": {"commit": "abc"}},
          "probe.json": {"vaes": [{"flat": {"macro_f1": 0.5 + good / 10}, "latent": {"effective_rank": 5.0},
                                   "pooled": {"macro_f1": good ** 2 / 10}}]},
@@ -90,14 +91,15 @@ def at_work(tmp_path, monkeypatch):
 
 def test_results_tables_and_charts_and_nothing_is_done_twice(tmp_path, at_work, capsys):
     at_work(RESULTS)
-    command = [*SHORT, "--settings", "plain", "linear", "depth0", "depth1", "--out", str(tmp_path / "out")]
+    settings = ["plain", "linear", "depth1", "depth1+noise"]
+    command = [*SHORT, "--settings", *settings, "--out", str(tmp_path / "out")]
     study.main(command)
     table = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "out/results.csv").open(newline="")))
     assert len(rows) == 4 * 5 and rows[0]["commit"] == "abc" and rows[0]["class_flat"] == ""
     assert [(row["guidance"], row["sit_steps"]) for row in rows[:5]] == [
         ("1", "2"), ("1", "4"), ("1", "6"), ("1", "8"), ("2", "8")]
-    assert "| depth1 | 1 |  0.800" in table.replace("| 0", "|  0") and "26.000" in table
+    assert "| depth1+noise | 1 |  0.800" in table.replace("| 0", "|  0") and "26.000" in table
     assert "| f1_flat | -1.00 (-1.00 to -1.00) | -1.00" in table and table.count("Correlation with") == 1
     f1, distance = [0.0, 0.1, 0.4, 0.9], [29.0, 28.0, 27.0, 26.0]
     assert f"| f1_pooled | {stats.pearsonr(f1, distance).statistic:+.2f} (" in table
@@ -112,9 +114,13 @@ def test_results_tables_and_charts_and_nothing_is_done_twice(tmp_path, at_work, 
     results, picture = tmp_path / "out/results.csv", tmp_path / "chart.png"
     plot.main(["study", str(results), "--out", str(picture)])
     assert np.asarray(Image.open(picture)).std() > 5
-    lines = plot.draw_study([results], ["fd", "class_accuracy"], "sit_steps").axes  # no value: no panel
-    assert len(lines) == 1 and lines[0].lines[3].get_xydata().tolist() == [
-        [2, 26.75], [4, 26.5], [6, 26.25], [8, 26.0]]
+    figure = plot.draw_study([results], ["fd", "class_accuracy"], "sit_steps")
+    assert len(figure.axes) == 1 and figure.get_size_inches().tolist() == [6, 5]  # no value: no panel
+    _, linear, depth1, noise = figure.axes[0].lines
+    assert noise.get_xydata().tolist() == [[2, 26.75], [4, 26.5], [6, 26.25], [8, 26.0]]
+    assert depth1.get_color() == noise.get_color() != linear.get_color()
+    assert (depth1.get_linestyle(), noise.get_linestyle()) == ("-", "--")  # with noise dashed and hollow
+    assert depth1.get_markerfacecolor() != "none" == noise.get_markerfacecolor()
     plot.main(["study", str(results), "--x", "f1_pooled", "--keys", "fd,f1_flat", "--out", str(picture)])
     points = plot.draw_study([results], ["fd", "f1_flat"], "f1_pooled").axes[0].lines
     assert [point.get_xydata().tolist() for point in points] == [
@@ -129,6 +135,16 @@ def test_the_mean_and_the_standard_deviation_of_seeds(tmp_path):
              **dict.fromkeys(study.MEASURES, fd)} for guidance in (1, 2) for fd in (10, 12, 17)]
     line = study.tables(rows).splitlines()[2]
     assert line.startswith("| plain | 3 | 13.000 ± 3.606 |") and line.endswith("| 13.000 ± 3.606 |  |")
+
+
+def test_class_accuracy_has_a_table_of_its_own():
+    rows = [{"setting": setting, "sit_steps": 8, "guidance": 1, "fd": -place, "class_accuracy": accuracy,
+             **dict.fromkeys(study.MEASURES, place)}
+            for setting, place, accuracy in zip(study.SETTINGS, (0, 1, 2, 3), (0.4, 0.3, 0.2, 0.2))]
+    distance, accuracy = study.tables(rows).split("\n\nCorrelation with ")[1:]
+    assert distance.startswith("fd ") and "| f1_flat | -1.00 (-1.00 to -1.00) | -1.00" in distance
+    expected = stats.pearsonr([0, 1, 2, 3], [0.4, 0.3, 0.2, 0.2]).statistic
+    assert accuracy.startswith("class_accuracy ") and f"| f1_flat | {expected:+.2f} (" in accuracy
 
 
 def test_a_failed_run_is_told_at_the_end_and_the_others_go_on(tmp_path, at_work):

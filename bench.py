@@ -20,11 +20,12 @@ import time
 from itertools import product
 from types import SimpleNamespace
 
+import common  # before torch
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import encode
 import inception
 import sample

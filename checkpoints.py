@@ -91,8 +91,7 @@ def keep_for_latents(path) -> None:
 
 def checkpoints_in(folder) -> dict[int, Path]:
     """Return {step: file} of the checkpoints in a folder."""
-    files = Path(folder).glob("ckpt_*.pt")
-    return {int(file.stem[5:]): file for file in files if file.stem[5:].isdecimal()}
+    return {int(file.stem[5:]): file for file in Path(folder).glob("ckpt_*.pt") if file.stem[5:].isdecimal()}
 
 
 def newest(folder, kind: str | None = None) -> dict | None:
@@ -229,7 +228,7 @@ def describe(content: dict) -> str:
     """Say in a few words what the content of a file is."""
     keys = [key for part in (content, *content.values()) for key in tensors(part)] or list(content)
     for part, kind in (("mlp.w12.", "a network with SwiGLU (LightningDiT), which sit.py has not"),
-                       ("x_embedder.", "a SiT"), ("encoder.", "a VAE"), ("latents_", "latent statistics")):
+                       ("encoder.", "a VAE"), ("x_embedder.", "a SiT"), ("latents_", "latent statistics")):
         if any(part in str(key) for key in keys):
             return f"this is {kind}"
     return f"first keys: {', '.join(map(str, keys[:3]))}"
@@ -334,8 +333,7 @@ def closest_size(state: dict) -> tuple[vae.VAEConfig, str]:
     for name, size in vae.VAE_SIZES.items():
         cfg = replace(size, z_channels=z_channels, embed_dim=embed_dim)
         with torch.device("meta"):
-            wrong = differences(vae.VAE(cfg).state_dict(), state)
-        fits[len(wrong)] = cfg, f"{name}, the closest of our sizes"
+            fits[len(differences(vae.VAE(cfg).state_dict(), state))] = cfg, f"{name}, closest of our sizes"
     return fits[min(fits)]
 
 
@@ -374,10 +372,9 @@ def vae_config_from_diffusers(config: dict) -> vae.VAEConfig:
     blocks = config.get("down_block_types", ["DownEncoderBlock2D"])
     # 256 is nominal: attention is where down_block_types says, whatever sample_size is
     attention = tuple(256 // 2 ** i for i, block in enumerate(blocks) if "Attn" in block)
-    return config_of(vae.VAEConfig, dict(
+    return config_of(vae.VAEConfig, dict(resolution=256, z_channels=config.get("latent_channels", 4),
         ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths), attn_resolutions=attention,
-        resolution=256, num_res_blocks=config.get("layers_per_block", 1),
-        z_channels=config.get("latent_channels", 4), in_channels=config.get("in_channels", 3),
+        num_res_blocks=config.get("layers_per_block", 1), in_channels=config.get("in_channels", 3),
         norm_groups=config.get("norm_num_groups", 32)), "config.json")
 
 

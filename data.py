@@ -478,9 +478,9 @@ class ImageFolder:
         self.source, self.files, self.labels = source, source.names, np.array(labels, dtype=np.int64)
         self.is_corrupt = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # by the workers
         with contextlib.suppress(ValueError):
-            short = min(self.decode(0).size)
+            short, first = min(self.decode(0).size), f"{self.root}/{self.files[0]}"
             if short < size:
-                note(f"{self.files[0]} has a side of {short} pixels and is scaled up to --image-size {size}")
+                note(f"{first} has a side of {short} pixels and is scaled up to --image-size {size}")
 
     def __len__(self):
         return len(self.files)
@@ -946,8 +946,8 @@ def find_classes(wanted, names: list[str], num_classes: int, most: int | None = 
     numbers = {str(i): i for i in range(num_classes)} | {name: i for i, name in enumerate(names)}
     for name in wanted:
         if name not in numbers:
-            close = ", ".join(difflib.get_close_matches(name, names) or names[:10])
-            raise ValueError(f"--classes {name}: want {close} ... or a number from 0 to {num_classes - 1}")
+            near = ", ".join(difflib.get_close_matches(name, names) or names[:10] + ["..."][:len(names) - 10])
+            raise ValueError(f"--classes {name}: want {near} or a number from 0 to {num_classes - 1}")
     return [numbers[name] for name in wanted]
 
 

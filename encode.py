@@ -10,10 +10,11 @@ damaged ones are made again.
 import math
 from itertools import chain, islice
 
+import common  # before torch
+
 import torch
 
 import checkpoints
-import common
 import data
 from common import natural, positive
 

@@ -15,11 +15,12 @@ written to <name>-latents-stats.pt, as REPA-E has it. checkpoints.py reads all o
 """
 from pathlib import Path
 
+import common  # before torch
+
 import torch
 from torch import Tensor
 
 import checkpoints
-import common
 import data
 from vae import VAEConfig, level_shapes
 

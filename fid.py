@@ -21,6 +21,8 @@ import json
 import zipfile
 from pathlib import Path
 
+import common  # before torch
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoints
-import common
 import data
 import inception
 from losses import LPIPS
@@ -435,8 +436,8 @@ def run_rfid(args, extractor, proc):
     if has_array(args.data, "mu"):
         raise ValueError(f"{args.data} is a reference for gfid; rfid wants images, to reconstruct them")
     vae = common.place(checkpoints.load_vae(args.vae), proc.device)
-    without = args.no_lpips or (args.features == "shapes" and not args.lpips_weights)
-    lpips = None if without else LPIPS(args.lpips_weights).to(proc.device)
+    args.no_lpips |= args.features == "shapes" and not args.lpips_weights
+    lpips = None if args.no_lpips else LPIPS(args.lpips_weights).to(proc.device)
     trained = checkpoints.read_own(args.vae).get("args", {}).get("image_size")
     size = args.image_size or trained or data.default_size(args.data)
     _, batches, meta = open_images(args.data, size, extractor, args, proc)
@@ -500,7 +501,7 @@ def main(argv=None):
     # now, before weights are fetched; what is no file may be a folder in an archive
     for path in map(Path, [args.reference, *args.samples] if args.command == "gfid" else [args.data]):
         if not (path.exists() or str(path) == "shapes" or any(map(Path.is_file, path.parents))):
-            raise FileNotFoundError(f"{path}: no such file, folder or archive")
+            raise FileNotFoundError(f"{path}: no such file, folder or archive; sample.py wants --npz")
     common.forbid_tf32()  # it has 10 bits of mantissa: the distances would change
     extractor = load_extractor(args.features, args.features_weights, args.resize, proc.device)
     return {"gfid": run_gfid, "rfid": run_rfid, "stats": run_stats}[args.command](args, extractor, proc)

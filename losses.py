@@ -87,10 +87,9 @@ def vgg16_trunk(weights):
         try:
             return timm.create_model("vgg16.tv_in1k", pretrained=True).features[:30]
         except OSError as error:
-            raise FileNotFoundError(
-                f"LPIPS: timm/vgg16.tv_in1k is neither cached nor to be had from the hub: give --lpips-"
-                f"weights FILE (https://download.pytorch.org/models/{VGG_FILE}) or --lpips 0, --no-lpips"
-            ) from error
+            raise FileNotFoundError(f"LPIPS: timm/vgg16.tv_in1k is neither cached nor to be had from the "
+                                    f"hub: give --lpips-weights FILE (https://download.pytorch.org/models/"
+                                    f"{VGG_FILE}) or --lpips 0, --no-lpips") from error
     with torch.device("meta"):  # the whole network has 138 M parameters, the trunk 15 M
         trunk = timm.create_model("vgg16").features[:30]
     trunk = trunk.to_empty(device="cpu")
@@ -163,8 +162,7 @@ def adaptive_gan_weight(nll, g_loss, last_layer, max_weight=1e4, scale=1.0):
     def gradient_norm(loss):
         gradient, = torch.autograd.grad(scale * loss, last_layer, retain_graph=True)
         return at_least_float32(gradient).norm() / scale
-    ratio = gradient_norm(nll) / (gradient_norm(g_loss) + 1e-4)
-    return ratio.clamp(0.0, max_weight).detach()
+    return (gradient_norm(nll) / (gradient_norm(g_loss) + 1e-4)).clamp(0.0, max_weight).detach()
 
 
 def vae_loss(x: Tensor, x_hat: Tensor, posterior, rec: str = "l1", lpips=None, lpips_weight: float = 1.0,

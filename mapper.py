@@ -57,8 +57,7 @@ class Teacher(nn.Module):
         x = ((x + 1) / 2 - self.mean) / self.std
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", align_corners=False)
-        tokens = self.model.forward_features(x)  # (B, prefix + N, D)
-        return tokens[:, self.model.num_prefix_tokens:].float()
+        return self.model.forward_features(x)[:, self.model.num_prefix_tokens:].float()  # (B, N, D)
 
 
 def timm_vit(name: str, grid: int, weights: str | None):
@@ -155,10 +154,9 @@ class Mapper(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, num_heads=max(dim // 64, 1), qkv_bias=True, norm_layer=nn.LayerNorm)
             for _ in range(config.depth))
-        self.projector = nn.Sequential(
-            nn.Linear(dim, config.projector_dim), nn.SiLU(),
-            nn.Linear(config.projector_dim, config.projector_dim), nn.SiLU(),
-            nn.Linear(config.projector_dim, config.out_dim))
+        self.projector = nn.Sequential(nn.Linear(dim, config.projector_dim), nn.SiLU(),
+                                       nn.Linear(config.projector_dim, config.projector_dim), nn.SiLU(),
+                                       nn.Linear(config.projector_dim, config.out_dim))
         for layer in self.modules():  # as SiT's: Xavier-uniform, the patch embedding counted as linear
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(layer.weight.flatten(1))  # a view

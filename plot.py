@@ -118,6 +118,7 @@ def main(argv=None):
     figure = draw(args.files, args.keys.split(","), args.x)
     with data.replacing(args.out) as file:
         figure.savefig(file, format="png")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import math
 from itertools import compress, product
 from pathlib import Path
 
+import common  # before torch
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,6 @@ from scipy.stats import entropy, gaussian_kde, mannwhitneyu, norm, rankdata
 from torch import Tensor
 
 import checkpoints
-import common
 import data
 from attributes import SHAPES_TRAIN, SPLITS, open_attributes
 from common import natural, positive

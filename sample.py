@@ -13,11 +13,12 @@ import math
 import shutil
 from pathlib import Path
 
+import common  # before torch
+
 import numpy as np
 import torch
 
 import checkpoints
-import common
 import data
 from common import natural, positive
 from sit import guided_velocity, nfe, sample_ode, sample_sde

@@ -62,8 +62,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="shapes", help="'shapes', or a folder with train/, val/ and train/attributes.csv")
-    add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME",
-        help="those to run")
+    add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME", help="to run")
     # not 0, on which the recipe was tuned
     add("--seeds", nargs="+", type=int, default=[10, 11, 12], metavar="SEED", help="of all that is random")
     add("--vae-steps", type=int, default=800, help="of each fine-tune; half as many of what they start from")

@@ -12,11 +12,12 @@ Read: flow_terms (the loss), train_step, main.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import common  # before torch
+
 import torch
 from torch import nn
 
 import checkpoints
-import common
 import data
 from common import natural, positive
 from mapper import Teacher, alignment_loss
@@ -269,7 +270,6 @@ def unpack(nets, latents, saved, args) -> None:
     common.load_optimizer(nets.opt, saved["optimizer"])
     if nets.scaler is not None and saved.get("scaler"):  # none: the run so far was not fp16
         nets.scaler.load_state_dict(saved["scaler"])
-
 
 
 # -----------------------------------------------------------------------------------------------------------

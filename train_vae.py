@@ -11,13 +11,14 @@ Read: SendVAE (the method), loss_terms (eq. 3 of arXiv:2601.05823), train_step, 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import common  # before torch
+
 import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import AdamW
 
 import checkpoints
-import common
 import data
 from common import natural, positive
 from losses import (LPIPS, PatchDiscriminator, adaptive_gan_weight, discriminator_loss, generator_loss,
@@ -221,8 +222,7 @@ def parse_args(argv=None):
     add("--lpips-weights", default=None, help="local torchvision VGG16 file instead of the hub")
     add("--kl", type=float, default=1e-6,
         help="KL, nats summed over the latent, mean over images")
-    add("--gan", type=float, default=0.1,
-        help="hinge PatchGAN, weight in the VAE loss")
+    add("--gan", type=float, default=0.1, help="hinge PatchGAN, weight in the VAE loss")
     add("--gan-adaptive", action="store_true",
         help="scale --gan by the gradient ratio at the last layer (as VQGAN), per micro-batch")
     add("--disc-init", default="none",
@@ -442,7 +442,8 @@ def evaluate(nets, dataset, name, step, args) -> dict:
         with common.autocast(nets.device, nets.dtype):
             # Without noise: the loss while training never reaches 0, since noise hides the image.
             row["align_clean"] = alignment_loss(mapper.clean(z), nets.teacher(x)).item()
-    pairs = torch.stack([images[:16], images_hat[:16]], 1).flatten(0, 1)  # original, reconstruction, ...
+    # Original, reconstruction, ... of 16, evenly over the classes again.
+    pairs = torch.stack([images, images_hat], 1)[::(len(images) + 15) // 16].flatten(0, 1)
     data.save_grid(Path(args.out) / f"reconstructions_{step:07d}.png", pairs, columns=8)
     return row
 

@@ -49,8 +49,7 @@ def soften(x: Tensor, rng, blur, noise) -> Tensor:
     """Mix each image (B, 3, H, W) with its 3 x 3 mean by a random share up to `blur`, and add white noise of
     a random standard deviation up to `noise`. rng: numpy's generator."""
     amount = torch.from_numpy(rng.random((2, len(x), 1, 1, 1), np.float32))
-    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    x = torch.lerp(x, soft, blur * amount[0])
+    x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1), blur * amount[0])
     return x + noise * amount[1] * torch.from_numpy(rng.standard_normal(x.shape, np.float32))
 
 
@@ -85,8 +84,7 @@ def colour_histograms(images: np.ndarray) -> Tensor:
 
 def cluster(points: Tensor, seed: int) -> list[np.ndarray]:
     """Group points (N, D) by k-means; return the indices of each group that can fill its part of a batch."""
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
-    centres = points[order[:CLUSTERS]]
+    centres = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:CLUSTERS]]
     for _ in range(15):
         nearest = torch.cdist(points, centres).argmin(dim=1)
         total = torch.zeros_like(centres).index_add_(0, nearest, points)

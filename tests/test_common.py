@@ -31,11 +31,12 @@ NO, YES = torch.tensor(False), torch.tensor(True)
     (common.plan_batch, (256, 0, 1), (256, 1)), (common.plan_batch, (6, 1, 3), (1, 2)),
     (common.plan_batch, (256, 32, 3), "--batch-size 288"), (common.plan_batch, (10, 0, 4), "--batch-size 16"),
     # at most 32 fit, in groups of 8; a run at step 6 that has seen 80 images of 200
-    (common.plan_batch, (128, 0, 1, 48, 8), (32, 4)), (common.plan_batch, (20, 0, 1, 8, 8), "--bn-group 4"),
+    (common.plan_batch, (128, 0, 1, 48, 8), (32, 4)), (common.plan_batch, (20, 0, 1, 8, 8), "4, or larger"),
     (common.plan_steps, (0, 2, 100, 10, {"step": 6, "images_seen": 80}), 18),
     (common.plan_steps, (7, 80, 100, 32), 7), (common.plan_steps, (0, 80, 100, 32), 240),
     (common.plan_steps, (0, 0.5, 100, 10), 5), (common.plan_steps, (0, 0.01, 100, 10), "--steps"),
-    (common.plan_steps, (0, 1, 32, 32), 1), (common.plan_steps, (5, 1, 31, 32), "--batch-size 31")])
+    (common.plan_steps, (0, 1, 32, 32), 1), (common.plan_steps, (5, 1, 31, 32), "--batch-size 31"),
+    (common.plan_steps, (0, 80, 80, 1024), "--batch-size 64")])  # which --bn-group 32 divides
 def test_batches_and_steps_are_planned_or_a_size_that_fits_is_named(plan, args, wanted):
     if isinstance(wanted, str):
         with pytest.raises(ValueError, match=wanted):
@@ -309,7 +310,7 @@ def test_tensorboard_and_wandb_get_the_numbers_where_they_are_installed(progress
 
 @pytest.mark.parametrize("error, code, line", [
     (ValueError("wrong"), 2, "error: wrong"), (FileNotFoundError("gone"), 2, "error: gone"),
-    (ModuleNotFoundError("wandb"), 2, "error: wandb"), (common.RunStopped("nan"), 1, "error: nan"),
+    (ModuleNotFoundError("x"), 2, "error: x; pip install it"), (common.RunStopped("nan"), 1, "error: nan"),
     (OSError("full"), 1, "error: full"), (KeyboardInterrupt(), 130, "error: interrupted"),
     (ZeroDivisionError("bug"), 1, "error: bug")])
 def test_an_error_ends_a_command_by_one_line_and_its_code(error, code, line, capsys, monkeypatch, tmp_path):
@@ -326,15 +327,17 @@ def test_an_error_ends_a_command_by_one_line_and_its_code(error, code, line, cap
     assert json.loads((tmp_path / "error.json").read_text())["message"] == line
 
 
-def test_an_evaluation_that_fails_is_a_warning_and_after_a_signal_there_is_none(progress_of, capsys):
-    progress, done = progress_of(num_steps=3), []
+def test_an_evaluation_is_printed_or_is_a_warning_and_after_a_signal_there_is_none(progress_of, capsys):
+    progress, done = progress_of(num_steps=4), []
     with pytest.raises(SystemExit):
         for step, _ in progress.steps(iter(int, 1), 1):
             progress.record([{"a": 1.0}], NO)
-            progress.look(lambda: done.append(step) or {"psnr_db": 1 / (step - 1)})
+            progress.look(lambda: done.append(step) or {"images": "few", "psnr_db": 1 / (step - 2) / 3})
             progress.should_save()
-            progress.signalled = 15
-    assert done == [1] and "step 1: <lambda> failed: division by zero" in capsys.readouterr().out
+            progress.signalled = 15 * (step == 2)
+    printed = capsys.readouterr().out
+    assert done == [1, 2] and "step 1: few, psnr_db -0.3333\n" in printed
+    assert "step 2: <lambda> failed: division by zero" in printed
 
 
 @pytest.mark.parametrize("flags, more", [
@@ -353,3 +356,11 @@ def test_images_that_are_evaluated_are_spread_evenly_over_the_set():
     with pytest.raises(ValueError) as asked:
         train_vae.evaluate(nets, Images(range(6301)), "validation", 1, None)
     assert asked.value.args[0] == [*range(0, 6301, 100)]
+
+
+def test_a_wrong_flag_is_one_line_and_help_has_the_usage(capsys):
+    for flags, code in ((["--stpes", "9"], 2), (["-h"], 0)):
+        with pytest.raises(SystemExit, match=str(code)):
+            train_vae.parse_args(flags)
+    printed = capsys.readouterr()
+    assert "usage: " in printed.out and len(printed.err.splitlines()) == 1 and "--stpes" in printed.err

@@ -349,6 +349,7 @@ def test_rfid_command_reports_psnr_ssim_lpips_and_the_originals(tmp_path, monkey
     flags = ["rfid", str(root), "--vae", checkpoint, *JUDGE, "--out", str(tmp_path / "rfid.json")]
     for without in ([], ["--no-lpips", "--lpips-weights", "vgg16.pth"]):
         assert "lpips" not in fid.main([*flags, *without])
+        assert json.loads((tmp_path / "rfid.json").read_text())["args"]["no_lpips"]
     fid.main([*flags, "--lpips-weights", "vgg16.pth"])
     text, protocol = capsys.readouterr().out, json.loads((tmp_path / "rfid.json").read_text())
     assert re.search(r"^rFD-judge-6 vs originals of val-6, split val$", text, re.M)

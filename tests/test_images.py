@@ -243,7 +243,7 @@ def test_large_texts_and_pictures_are_read_and_bombs_are_not(tmp_path, monkeypat
 
 
 def test_a_small_first_picture_is_said_to_be_scaled_up_once(pictures, capsys, monkeypatch):
-    text = "a/0.png has a side of 32 pixels and is scaled up to --image-size 256"
+    text = f"{pictures}/a/0.png has a side of 32 pixels and is scaled up to --image-size 256"
     for size, rank, said in ((32, 0, False), (256, 0, True), (256, 1, False)):
         monkeypatch.setenv("RANK", str(rank))
         data.ImageFolder(pictures, size)

@@ -151,6 +151,9 @@ def test_classes_are_drawn_by_name_or_number_and_shown_in_columns(trained, tmp_p
     for wanted, word in (("n007", "n07"), ("30", "0 to 29"), ("-1", "0 to 29")):
         with pytest.raises(ValueError, match=f"--classes {wanted}: want .*{word}"):
             data.find_classes([wanted], names, 30)
+    for few, said in ((3, "n00, n01, n02 or a number from 0 to 2"), (11, "n09, ... or a number")):
+        with pytest.raises(ValueError, match=said):
+            data.find_classes(["x"], names[:few], few)
 
 
 def test_pixels_that_are_no_numbers_stop_the_command(trained, tmp_path, monkeypatch):

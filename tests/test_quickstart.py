@@ -111,6 +111,7 @@ def write_run(folder, shift=0.0):
         for stage in ("vae", "sit"):
             write(f"{arm}/{stage}/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write("probe.json", {"vaes": vaes, "labels": ["plain", "send"]})
+    write("settings.txt", "SEED=0 VAE_STEPS=1\n")
     return folder
 
 
@@ -142,7 +143,7 @@ def test_report_is_written_with_its_pictures(tmp_path, monkeypatch, capsys):
     report.main([str(run)])
     text, names = (run / "report.md").read_text(), ("reconstructions", "pca", "samples")
     assert capsys.readouterr().out.splitlines()[-1] in text and "pip install matplotlib" in text
-    assert all(f"]({name}.png)" in text for name in names)
+    assert all(f"]({name}.png)" in text for name in names) and "\nMade with SEED=0 VAE_STEPS=1.\n" in text
     reconstructions, pca, samples = (np.array(Image.open(run / f"{name}.png")) for name in names)
     assert reconstructions.shape == (3 * 96, 12 * 96, 3)  # images, plain, send
     assert pca.shape == (5 * 96, 12 * 96, 3)  # images, two latents, mapper, teacher

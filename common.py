@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Idle threads sleep. Spinning ones are a tenth faster on idle cores, and were 13 times slower beside other
-# work. OpenMP reads this once, when torch is loaded: so scripts import this file before.
+# work. OpenMP reads this once, when torch is loaded: so scripts import this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -252,12 +252,18 @@ def report_error(error: BaseException) -> int:
     return code
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser, also of sub-commands, that tells a wrong flag in one line."""
+
+    def error(self, message):
+        """Print the message and leave."""
+        self.exit(2, f"{self.prog}: error: {message}; -h lists the flags\n")
+
+
 def new_parser(doc: str) -> argparse.ArgumentParser:
     """Return the parser of a script: described by the first paragraph of its docstring; -h shows defaults."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.print_usage = lambda _file: None  # a wrong flag is told in one line; -h lists them
-    return parser
+    return Parser(description=doc.split("\n\n")[0], allow_abbrev=False,
+                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def add_run_flags(parser, out: str | None = None) -> None:
@@ -341,7 +347,7 @@ def plan_batch(batch_size: int, micro_batch_size: int, world: int, fits: int = 0
                          f"{micro}; try --batch-size {size}")
     if micro % group:
         raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {group}; try --bn-group "
-                         f"{math.gcd(micro, group)}, or larger batches")
+                         f"{math.gcd(micro, group)}, or batches and micro-batches that are its multiples")
     return micro, batch_size // (world * micro)
 
 
@@ -352,9 +358,7 @@ def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int, save
     have been another.
     """
     if num_images < batch_size:
-        # One that --bn-group's default divides, if there are so many.
-        raise ValueError(f"{num_images} images are no batch of {batch_size}; try --batch-size "
-                         f"{num_images // 32 * 32 or num_images}")
+        raise ValueError(f"{num_images} images are no batch of {batch_size}; give a smaller --batch-size")
     step, seen = (saved["step"], saved["images_seen"]) if saved else (0, 0)
     steps = steps or max(step, step + int(epochs * (num_images // batch_size)) - seen // batch_size)
     if steps < 1:
@@ -675,7 +679,7 @@ class Progress:
             self.log(row)
             if row:
                 print0(f"step {self.step}:", ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else
-                                                       str(value) for name, value in row.items()))
+                                                       f"{name} {value}" for name, value in row.items()))
         except Exception as error:
             print0(f"warning: step {self.step}: {function.__name__} failed: {str(error)[:300]}")
 
@@ -716,7 +720,8 @@ class Progress:
         if self.must_save:
             raise RunStopped(f"the last steps of {self.step} were skipped, and are not saved; "
                              f"{self.newest()}; try a lower --lr or --dtype fp32")
-        print0(f"done: {self.args.out}, step {self.step}")
+        if self.step >= self.first:
+            print0(f"done: {self.args.out}, step {self.step}")
 
     def newest(self) -> str:
         """Say which checkpoint there is to go back to."""

@@ -501,7 +501,8 @@ def main(argv=None):
     # now, before weights are fetched; what is no file may be a folder in an archive
     for path in map(Path, [args.reference, *args.samples] if args.command == "gfid" else [args.data]):
         if not (path.exists() or str(path) == "shapes" or any(map(Path.is_file, path.parents))):
-            raise FileNotFoundError(f"{path}: no such file, folder or archive; sample.py wants --npz")
+            advice = "; sample.py --npz makes it" * (path.name == "samples.npz")
+            raise FileNotFoundError(f"{path}: no such file, folder or archive{advice}")
     common.forbid_tf32()  # it has 10 bits of mantissa: the distances would change
     extractor = load_extractor(args.features, args.features_weights, args.resize, proc.device)
     return {"gfid": run_gfid, "rfid": run_rfid, "stats": run_stats}[args.command](args, extractor, proc)

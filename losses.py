@@ -180,5 +180,4 @@ def vae_loss(x: Tensor, x_hat: Tensor, posterior, rec: str = "l1", lpips=None, l
     terms = {"rec": error.abs().mean() if rec == "l1" else error.square().mean(),
              "lpips": error.new_zeros(()) if lpips is None else lpips(x, x_hat).mean(),
              "kl": posterior.kl().mean()}
-    loss = terms["rec"] + lpips_weight * terms["lpips"] + kl_weight * terms["kl"]
-    return loss, terms
+    return terms["rec"] + lpips_weight * terms["lpips"] + kl_weight * terms["kl"], terms

@@ -51,11 +51,9 @@ def read_curve(log, key: str) -> dict[int, float]:
 
 
 def draw_curves(logs: list, keys: list[str], _x=None):
-    """Return a figure: a panel per name, a curve per log. ValueError if no log has any of the names."""
+    """Return a figure: a panel per name that a log has, a curve per log."""
     panels = {key: [read_curve(log, key) for log in logs] for key in keys}
     panels = [(key, curves) for key, curves in panels.items() if any(curves)]
-    if not panels:
-        raise ValueError(f"{', '.join(map(str, logs))}: nothing is logged under {', '.join(keys)}")
     figure, panel = new_figure(len(panels))
     for key, curves in panels:
         axis = panel(title=key, xlabel="step")
@@ -116,6 +114,8 @@ def main(argv=None):
     import matplotlib  # noqa: F401  (now: below, a missing package would be taken for a damaged file)
     draw = {"curves": draw_curves, "study": draw_study, "runs": draw_runs}[args.chart]
     figure = draw(args.files, args.keys.split(","), args.x)
+    if not figure.axes:
+        raise ValueError(f"{', '.join(args.files)}: nothing is there under {args.keys}")
     with data.replacing(args.out) as file:
         figure.savefig(file, format="png")
     print(f"wrote {args.out}")

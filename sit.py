@@ -342,8 +342,7 @@ def sample_ode(velocity, noise: Tensor, num_steps: int, heun: bool = False) -> T
     Heun (arXiv:2206.00364, Alg. 1 with sigma -> t) averages both ends of each step but the last.
     """
     z = start_state(noise, num_steps)
-    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
-    for t, t_next in pairwise(times):
+    for t, t_next in pairwise(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()):
         v = velocity(z, t, t).to(z.dtype)
         if heun and t_next > 0:
             z_euler = z + (t_next - t) * v
@@ -361,8 +360,7 @@ def sample_sde(velocity, noise: Tensor, num_steps: int, generator=None) -> Tenso
     Source: REPA's euler_maruyama_sampler (= willisma/SiT: diffusion "sigma", last step "Mean" of 0.04).
     """
     z = start_state(noise, num_steps)
-    times = torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
-    for t, t_next in pairwise(times):
+    for t, t_next in pairwise([*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]):
         v = velocity(z, t, t).to(z.dtype)
         score = -(z + (1 - t) * v) / t  # gradient of log p_t (SiT, eq. 9, on the linear path)
         w = 2 * t

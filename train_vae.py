@@ -442,7 +442,7 @@ def evaluate(nets, dataset, name, step, args) -> dict:
         with common.autocast(nets.device, nets.dtype):
             # Without noise: the loss while training never reaches 0, since noise hides the image.
             row["align_clean"] = alignment_loss(mapper.clean(z), nets.teacher(x)).item()
-    # Original, reconstruction, ... of 16, evenly over the classes again.
+    # Original, reconstruction, ... of up to 16, evenly over the classes again.
     pairs = torch.stack([images, images_hat], 1)[::(len(images) + 15) // 16].flatten(0, 1)
     data.save_grid(Path(args.out) / f"reconstructions_{step:07d}.png", pairs, columns=8)
     return row

@@ -13,11 +13,12 @@ Nothing is computed here but the pictures: the numbers are those that the stages
 import statistics
 from pathlib import Path
 
+import common  # before torch
+
 import numpy as np
 import torch
 
 import checkpoints
-import common
 import data
 import probe
 
@@ -92,8 +93,8 @@ def main(argv=None):
     if len(runs) == 1:
         draw_pictures(runs[0])
         logs = " ".join(f"{runs[0]}/{arm}/{stage}/log.jsonl" for stage in ("vae", "sit") for arm in ARMS)
-        made = f"Made with {(runs[0] / 'settings.txt').read_text().strip()}."
-        text = ["# Quickstart report", __doc__.split("\n\n")[1], made, table,
+        made = [f"Made with {file.read_text().strip()}." for file in runs[0].glob("settings.txt")]
+        text = ["# Quickstart report", __doc__.split("\n\n")[1], *made, table,
                 "Images, reconstructions of plain VAE and Send-VAE: ![](reconstructions.png)",
                 "Principal components as colour: images, latents of both VAEs, mapper, teacher: ![](pca.png)",
                 "Samples, guidance 2, a line per class; left plain VAE, right Send-VAE: ![](samples.png)",

@@ -12,13 +12,14 @@ Judge (for fid.py): trained on class and attributes, with blur and noise, becaus
 tests/test_shapes.py measures both on the "val" split, on which neither is trained.
 Read: train_teacher, train_judge. Letters: N scenes or tokens, B images of a batch, H W pixels, D features.
 """
+import common  # before torch
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoints
-import common
 from shapes.networks import ShapesJudge, ShapesTeacher
 from shapes.scenes import Shapes
 

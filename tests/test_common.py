@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import common
+import data
+import fid
 import train_vae
 import vae
 
@@ -31,12 +33,11 @@ NO, YES = torch.tensor(False), torch.tensor(True)
     (common.plan_batch, (256, 0, 1), (256, 1)), (common.plan_batch, (6, 1, 3), (1, 2)),
     (common.plan_batch, (256, 32, 3), "--batch-size 288"), (common.plan_batch, (10, 0, 4), "--batch-size 16"),
     # at most 32 fit, in groups of 8; a run at step 6 that has seen 80 images of 200
-    (common.plan_batch, (128, 0, 1, 48, 8), (32, 4)), (common.plan_batch, (20, 0, 1, 8, 8), "4, or larger"),
+    (common.plan_batch, (128, 0, 1, 48, 8), (32, 4)), (common.plan_batch, (20, 0, 1, 8, 8), "4, or batches"),
     (common.plan_steps, (0, 2, 100, 10, {"step": 6, "images_seen": 80}), 18),
     (common.plan_steps, (7, 80, 100, 32), 7), (common.plan_steps, (0, 80, 100, 32), 240),
     (common.plan_steps, (0, 0.5, 100, 10), 5), (common.plan_steps, (0, 0.01, 100, 10), "--steps"),
-    (common.plan_steps, (0, 1, 32, 32), 1), (common.plan_steps, (5, 1, 31, 32), "--batch-size 31"),
-    (common.plan_steps, (0, 80, 80, 1024), "--batch-size 64")])  # which --bn-group 32 divides
+    (common.plan_steps, (0, 1, 32, 32), 1), (common.plan_steps, (5, 1, 31, 32), "smaller --batch-size")])
 def test_batches_and_steps_are_planned_or_a_size_that_fits_is_named(plan, args, wanted):
     if isinstance(wanted, str):
         with pytest.raises(ValueError, match=wanted):
@@ -336,7 +337,7 @@ def test_an_evaluation_is_printed_or_is_a_warning_and_after_a_signal_there_is_no
             progress.should_save()
             progress.signalled = 15 * (step == 2)
     printed = capsys.readouterr().out
-    assert done == [1, 2] and "step 1: few, psnr_db -0.3333\n" in printed
+    assert done == [1, 2] and "step 1: images few, psnr_db -0.3333\n" in printed
     assert "step 2: <lambda> failed: division by zero" in printed
 
 
@@ -358,9 +359,24 @@ def test_images_that_are_evaluated_are_spread_evenly_over_the_set():
     assert asked.value.args[0] == [*range(0, 6301, 100)]
 
 
+def test_the_picture_of_an_evaluation_is_spread_over_the_set_too(monkeypatch, tmp_path):
+    class Images(list):
+        def batch(self, indices):
+            return {"images": torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)}
+    vae = SimpleNamespace(encode=lambda x: SimpleNamespace(mode=lambda: x, kl=lambda: x), decode=lambda z: z)
+    nets = SimpleNamespace(send=SimpleNamespace(eval=lambda: None, vae=vae, mapper=None),
+                           device=torch.device("cpu"), dtype=torch.float32)
+    drawn = []
+    monkeypatch.setattr(data, "save_grid", lambda path, pairs, columns: drawn.append(pairs[:, 0, 0, 0]))
+    train_vae.evaluate(nets, Images(range(127)), "validation", 1, SimpleNamespace(out=tmp_path))
+    assert drawn[0].tolist() == [i for i in range(0, 127, 8) for _ in range(2)]  # and reconstructions
+
+
 def test_a_wrong_flag_is_one_line_and_help_has_the_usage(capsys):
-    for flags, code in ((["--stpes", "9"], 2), (["-h"], 0)):
+    for script, flags, code in ((train_vae, ["--stpes", "9"], 2), (fid, ["rfid", "a"], 2), (fid, ["-h"], 0)):
         with pytest.raises(SystemExit, match=str(code)):
-            train_vae.parse_args(flags)
+            script.parse_args(flags)
     printed = capsys.readouterr()
-    assert "usage: " in printed.out and len(printed.err.splitlines()) == 1 and "--stpes" in printed.err
+    wrong, missing = printed.err.splitlines()
+    assert "--stpes 9; -h lists the flags" in wrong and "--vae; -h lists" in missing
+    assert "usage: " in printed.out

@@ -166,7 +166,7 @@ def test_charts_show_what_the_files_say(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == ["rec", "flow"]
     assert {line.get_label(): line.get_ydata()[-1] for line in figure.axes[1].get_lines()} == \
         {"plain/vae": 1.0, "send/vae": 2.0}
-    with pytest.raises(ValueError, match="nothing is logged"):
-        plot.draw_curves(logs, ["none"])
+    with pytest.raises(ValueError, match="nothing is there under none"):
+        plot.main(["curves", str(logs[0]), "--keys", "none"])
     plot.main(["curves", *map(str, logs), "--keys", "rec", "--out", str(tmp_path / "new" / "curves.png")])
     assert np.array(Image.open(tmp_path / "new" / "curves.png")).std() > 10

@@ -129,7 +129,7 @@ def sit_nets(trained, flags=""):
 
 # whole runs
 
-def test_a_vae_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path):
+def test_a_vae_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path, capsys):
     """3 steps at once against 1 + 2, with GAN and mapper. The second part needs no start file any more, and
     evaluation, in all steps or at the end, changes nothing."""
     start = shutil.copytree(trained.vae, tmp_path / "start")
@@ -137,7 +137,10 @@ def test_a_vae_run_that_was_stopped_continues_bit_for_bit(trained, tmp_path):
     run(train_vae, f"{flags} --val {trained.pictures} --eval-every 1 --steps 3 --out {tmp_path}/whole")
     run(train_vae, f"{flags} --eval-every 0 --steps 1 --out {tmp_path}/parts")
     shutil.rmtree(start)
-    run(train_vae, f"{flags} --eval-every 0 --steps 3 --out {tmp_path}/parts")
+    for said in (1, 0):  # the second time nothing is left to do
+        capsys.readouterr()
+        run(train_vae, f"{flags} --eval-every 0 --steps 3 --out {tmp_path}/parts")
+        assert capsys.readouterr().out.count(f"done: {tmp_path}/parts, step 3") == said
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     for name, steps, images in (("whole", [1, 2, 3], "validation"), ("parts", [1, 3], "training")):
         evaluated = log_of(tmp_path / name, "psnr_db")

@@ -726,8 +726,9 @@ def one_line(path, advice: str = "download or make it again"):
         own = isinstance(error, (ValueError, FileNotFoundError)) and not getattr(error, "errno", None)
         if own and Path(path).name in str(error):
             raise
-        raise ValueError(f"{path}: missing, damaged, or not what is wanted here ({type(error).__name__}: "
-                         f"{text_of(error)[:150]}); {advice}") from error
+        wrong = "no such file" if isinstance(error, FileNotFoundError) else (
+            f"damaged, or not what is wanted here ({type(error).__name__}: {text_of(error)[:150]})")
+        raise ValueError(f"{path}: {wrong}; {advice}") from error
 
 
 def read_facts(file, wanted: dict, advice: str = "run encode.py again") -> dict:
@@ -947,8 +948,8 @@ def find_classes(wanted, names: list[str], num_classes: int, most: int | None = 
     for name in wanted:
         if name not in numbers:
             near = difflib.get_close_matches(name, names) or names[:10] + ["..."][:len(names) - 10]
-            near = ", ".join([*near, f"a number from 0 to {num_classes - 1}"])
-            raise ValueError(f"--classes {name}: want {near}")
+            number = f"a number from 0 to {num_classes - 1}"
+            raise ValueError(f"--classes {name}: want {' or '.join([*near, number])}")
     return [numbers[name] for name in wanted]
 
 

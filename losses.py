@@ -89,7 +89,7 @@ def vgg16_trunk(weights):
         except OSError as error:
             raise FileNotFoundError(f"LPIPS: timm/vgg16.tv_in1k is neither cached nor to be had from the "
                                     f"hub: give --lpips-weights FILE (https://download.pytorch.org/models/"
-                                    f"{VGG_FILE}) or --lpips 0, --no-lpips") from error
+                                    f"{VGG_FILE}) or --lpips 0 (fid.py: --no-lpips)") from error
     with torch.device("meta"):  # the whole network has 138 M parameters, the trunk 15 M
         trunk = timm.create_model("vgg16").features[:30]
     trunk = trunk.to_empty(device="cpu")

@@ -74,7 +74,7 @@ def draw_study(files: list, keys: list[str], x: str):
     with data.one_line(files[0], "study.py writes it"), open(files[0], newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["guidance"] == "1"]
         last = max(int(row["sit_steps"]) for row in rows)
-        rows = [row for row in rows if row[x] and (x == "sit_steps" or int(row["sit_steps"]) == last)]
+        rows = [row for row in rows if row.get(x) and (x == "sit_steps" or int(row["sit_steps"]) == last)]
     keys = [key for key in keys if any(row.get(key) for row in rows)]
     bases = list(dict.fromkeys(row["setting"].replace("+noise", "") for row in rows))
     figure, panel = new_figure(len(keys), height=5.0)
@@ -115,7 +115,7 @@ def main(argv=None):
     draw = {"curves": draw_curves, "study": draw_study, "runs": draw_runs}[args.chart]
     figure = draw(args.files, args.keys.split(","), args.x)
     if not figure.axes:
-        raise ValueError(f"{', '.join(args.files)}: nothing is there under {args.keys}")
+        raise ValueError(f"{', '.join(args.files)}: nothing is there under {args.keys}, or --x {args.x}")
     with data.replacing(args.out) as file:
         figure.savefig(file, format="png")
     print(f"wrote {args.out}")

@@ -384,7 +384,7 @@ def main(argv=None):
     # picture
     base = Path(args.out).with_suffix("")
     if args.report:
-        shown = images.batch(indices[:12])["images"]
+        shown = images.batch(indices[::(len(indices) + 11) // 12])["images"]  # evenly over all classes
         strips = draw_pca(f"{base}_pca.png", paths, labels, shown, args.teacher_weights, proc.device)
 
     # probes

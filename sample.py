@@ -92,8 +92,7 @@ def decode(vae, latents, z, dtype):
     """Return uint8 images (B, H, W, 3), numpy, of what draw_latents drew."""
     z = data.denormalize_latents(z, torch.tensor(latents["mean"]), torch.tensor(latents["std"]))
     with common.autocast(z.device, torch.float32 if dtype == torch.float16 else dtype):  # it may overflow
-        x = vae.decode(z)
-    return data.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+        return data.to_uint8(vae.decode(z)).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def prepare(model, vae, args, device, dtype):

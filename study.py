@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--out", default="out/study", help="folder of all runs and of the results")
     args = parser.parse_args(argv)
     if min(args.vae_steps // 2, args.sit_steps, args.samples // 10, args.jobs) < 1 or args.sit_steps % PLACES:
-        parser.error(f"--vae-steps, --samples, --jobs are 2, 10, 1 or more; {PLACES} divides --sit-steps")
+        parser.error(f"want --vae-steps 2, --samples 10, --jobs 1 or more; {PLACES} must divide --sit-steps")
     return args
 
 

@@ -33,7 +33,8 @@ NO, YES = torch.tensor(False), torch.tensor(True)
     (common.plan_batch, (256, 0, 1), (256, 1)), (common.plan_batch, (6, 1, 3), (1, 2)),
     (common.plan_batch, (256, 32, 3), "--batch-size 288"), (common.plan_batch, (10, 0, 4), "--batch-size 16"),
     # at most 32 fit, in groups of 8; a run at step 6 that has seen 80 images of 200
-    (common.plan_batch, (128, 0, 1, 48, 8), (32, 4)), (common.plan_batch, (20, 0, 1, 8, 8), "4, or batches"),
+    (common.plan_batch, (128, 0, 1, 48, 8), (32, 4)),
+    (common.plan_batch, (20, 0, 1, 8, 8), "of 8, or try --bn-group 4"),
     (common.plan_steps, (0, 2, 100, 10, {"step": 6, "images_seen": 80}), 18),
     (common.plan_steps, (7, 80, 100, 32), 7), (common.plan_steps, (0, 80, 100, 32), 240),
     (common.plan_steps, (0, 0.5, 100, 10), 5), (common.plan_steps, (0, 0.01, 100, 10), "--steps"),

@@ -125,6 +125,8 @@ def test_results_tables_and_charts_and_nothing_is_done_twice(tmp_path, at_work, 
     points = plot.draw_study([results], ["fd", "f1_flat"], "f1_pooled").axes[0].lines
     assert [point.get_xydata().tolist() for point in points] == [
         [[0.0, 29.0]], [[0.1, 28.0]], [[0.4, 27.0]], [[0.9, 26.0]]]
+    with pytest.raises(ValueError, match="results.csv: nothing is there under fd, or --x nope"):
+        plot.main(["study", str(results), "--x", "nope", "--keys", "fd"])
     (tmp_path / "empty.csv").write_text("guidance\n")
     with pytest.raises(ValueError, match="empty.csv: .*study.py writes it"):
         plot.main(["study", str(tmp_path / "empty.csv")])

@@ -346,7 +346,7 @@ def plan_batch(batch_size: int, micro_batch_size: int, world: int, fits: int = 0
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} processes x micro-batch "
                          f"{micro}; try --batch-size {size}")
     if micro % group:
-        raise ValueError(f"micro-batch {micro} is not a multiple of --bn-group {group}; make it and the batch "
+        raise ValueError(f"micro-batch {micro} is no multiple of --bn-group {group}; make it and the batch "
                          f"multiples of {group}, or try --bn-group {math.gcd(micro, group)}")
     return micro, batch_size // (world * micro)
 

@@ -358,7 +358,7 @@ def plan_steps(steps: int, epochs: float, num_images: int, batch_size: int, save
     have been another.
     """
     if num_images < batch_size:
-        raise ValueError(f"{num_images} images are no batch of {batch_size}; give a smaller --batch-size")
+        raise ValueError(f"a batch of {batch_size} wants more images; try --batch-size {num_images} or less")
     step, seen = (saved["step"], saved["images_seen"]) if saved else (0, 0)
     steps = steps or max(step, step + int(epochs * (num_images // batch_size)) - seen // batch_size)
     if steps < 1:

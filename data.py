@@ -947,7 +947,7 @@ def find_classes(wanted, names: list[str], num_classes: int, most: int | None = 
     numbers = {str(i): i for i in range(num_classes)} | {name: i for i, name in enumerate(names)}
     for name in wanted:
         if name not in numbers:
-            near = difflib.get_close_matches(name, names) or names[:10] + ["..."][:len(names) - 10]
+            near = difflib.get_close_matches(name, names) or names[:10] + ["..."] * (len(names) > 10)
             number = f"a number from 0 to {num_classes - 1}"
             raise ValueError(f"--classes {name}: want {' or '.join([*near, number])}")
     return [numbers[name] for name in wanted]

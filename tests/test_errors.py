@@ -57,7 +57,7 @@ ROWS = [
     ("run of a SiT", f"{STAGE1} --out {{sit}}", ValueError, "nanosendvae-vae"),
     ("folder without a VAE", f"{ENCODE} --vae {{pictures}}", ValueError, "train first"),
     ("no validation folder", f"{ENCODE} --split val", ValueError, "--split val"),
-    ("no latents", f"{STAGE3} --latents nowhere", ValueError, "--latents DIR"),
+    ("no latents", f"{STAGE3} --latents nowhere", ValueError, "json: no such file; want --latents DIR"),
     ("folder of another program", f"{STAGE3} --latents {{bad}}/format", ValueError, "format"),
     ("stored samples for moments", f"{STAGE3} --latents {{bad}}/samples", ValueError, "56, 4"),
     ("labels that are no classes", f"{STAGE3} --latents {{bad}}/labels", ValueError, "0 to 1"),

@@ -393,7 +393,7 @@ def compare(key):
 
 REFUSALS = [  # id, call, exception, key word
     ("reference not there", ["gfid", "nowhere", "shapes"], FileNotFoundError, "nowhere"),
-    ("samples not there", ["gfid", "shapes", "nowhere.npz"], FileNotFoundError, "nowhere.npz"),
+    ("samples not there", ["gfid", "shapes", "no/samples.npz"], FileNotFoundError, "no/samples.npz.*--npz"),
     ("damaged npz", ["gfid", "cut.npz", "shapes"], ValueError, "cut.npz"),
     ("statistics as originals", ["rfid", "theirs.npz", "--vae", "none"], ValueError, "theirs.npz"),
     ("reference as originals", ["rfid", "ADM.npz", "--vae", "none"], ValueError, "ADM.npz.*gfid"),

@@ -221,7 +221,7 @@ def test_folder_is_probed_by_its_attributes_and_classes(folder, tmp_path, capsys
             lines[path].append(f"{name},{i % 2},0")
 
     def run(path, *flags):
-        report = probe.main(["--vae", str(folder / "plain"), *CPU, "--out", str(tmp_path / "out.json"),
+        report = probe.main(["--report", str(folder / "plain"), *CPU, "--out", str(tmp_path / "out.json"),
                              "--max-iter", "15", "--data", str(path), *flags])
         assert report["images"] == {"train": 84, "val": 12, "test": 24}
         return report["vaes"][0]["flat"]
@@ -236,6 +236,8 @@ def test_folder_is_probed_by_its_attributes_and_classes(folder, tmp_path, capsys
         assert flat["left_out"] == ["never"] and {*flat["per_attribute"]} == {"warm"}
     assert capsys.readouterr().out.count("in a split: never\n") == 2
     assert "macro_f1" not in run(root, "--classes")
+    shades = np.array(Image.open(tmp_path / "out_pca.png"))[:96].reshape(96, 12, 96 * 3).mean((0, 2))
+    assert (shades > 128).tolist() == [False] * 6 + [True] * 6  # the picture shows both classes
     with pytest.raises(ValueError, match="no classes"):
         run(loose, "--classes")
 

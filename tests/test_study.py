@@ -64,8 +64,7 @@ def stand_in(folder, script):
 
 
 RESULTS = """
-name = out.parent.name.rpartition("-")[0] or "plain"
-good = ["plain", "linear", "depth1", "depth1+noise"].index(name)
+good = "plain linear depth1 depth1+noise".split().index(out.parent.name.rpartition("-")[0] or "plain")
 facts = {"rfid.json": {"psnr_db": 20.0, "fd": 9.0, "versions": {"commit": "abc"}},
          "probe.json": {"vaes": [{"flat": {"macro_f1": 0.5 + good / 10}, "latent": {"effective_rank": 5.0},
                                   "pooled": {"macro_f1": good ** 2 / 10}}]},
